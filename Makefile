@@ -1,0 +1,35 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+export HF_HUB_OFFLINE ?= 1
+export HF_DATASETS_OFFLINE ?= 1
+
+.PHONY: setup run test soak bench lock
+
+setup: $(READY)
+
+$(READY): requirements.lock requirements-nodeps.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-nodeps.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $(READY)
+
+run: setup
+	$(BIN)/so8t run configs/smol.yaml
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/pytest
+
+soak: setup
+	$(BIN)/pytest -m soak -s
+
+bench: setup
+	for f in nbs/bench/*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace "$$f" && $(BIN)/nbdev-clean --fname "$$f"; done
+
+lock:
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-header \
+		$$($(BIN)/python -c 'print(*["--no-emit-package " + n for n in open("requirements-nodeps.lock").read().split() if 0])') \
+		-o requirements.lock
