@@ -76,7 +76,7 @@ def read_rows(
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise Problem(f"{path}: cannot be read ({error.strerror}); it must be a file with a JSON object a line") from None
+        raise Problem(f"{path}: cannot be read ({error.strerror}); it must be a file of JSON lines") from None
     rows, seen = [], {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
