@@ -7,11 +7,11 @@ __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', '
            'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'mistake', 'plain', 'mapping', 'join', 'parse', 'shown', 'Section',
            'distinct', 'Tiny', 'Model', 'source', 'nearest', 'Data', 'Lora', 'Sft', 'Checkpoint', 'Training',
            'Benchmark', 'Conversion', 'Upload', 'size', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom',
-           'Stage', 'Config', 'type_words', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe',
-           'checked', 'Workspace', 'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate',
-           'load', 'section', 'frozen_lines', 'freeze', 'thaw', 'render']
+           'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown',
+           'describe', 'checked', 'Workspace', 'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment',
+           'read', 'locate', 'title', 'load', 'section', 'frozen_lines', 'freeze', 'thaw', 'render']
 
-# %% ../../nbs/flow/config.ipynb #258f3d48
+# %% ../../nbs/flow/config.ipynb #d6370bc7
 import configparser
 import json
 import os
@@ -19,28 +19,40 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
-from pydantic import WithJsonSchema, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from . import disk
 from .problem import Problem
 
-# %% ../../nbs/flow/config.ipynb #b85c2e2f
-class Yaml(yaml.SafeLoader):
-    "YAML with the scalars of YAML 1.2."
-
-    yaml_implicit_resolvers = {}
-
+# %% ../../nbs/flow/config.ipynb #0aae0d8a
 PATTERNS = {
     "null": (r"~|null|Null|NULL|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
     "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
 }
+
+class Yaml(yaml.SafeLoader):
+    "YAML with the scalars of YAML 1.2."
+
+    yaml_implicit_resolvers = {}
+
 for _tag, (_pattern, _first) in PATTERNS.items():
     Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})$"), [*_first, ""])
 
@@ -61,6 +73,7 @@ def plain(
     lines: dict[str, int],  # filled: dotted key -> line, from 1
 ) -> Any:
     "The JSON value of a YAML node."
+    lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         return mapping(node, path, lines)
     if isinstance(node, yaml.SequenceNode):
@@ -105,8 +118,10 @@ def parse(
         node = yaml.compose(text, Yaml)
         return (None if node is None else plain(node, "", lines)), lines
     except yaml.MarkedYAMLError as error:
-        words = "a tab; indent with spaces" if "'\\t'" in str(error.problem) else error.problem
-        raise Problem(f"{where}:{error.problem_mark.line + 1}: {words}") from None
+        words = ", ".join(part for part in (error.context, error.problem) if part)
+        words = "a tab; indent with spaces" if "'\\t'" in words else words
+        line = f":{error.problem_mark.line + 1}" if "\n" in text else ""
+        raise Problem(f"{where}{line}: {words}") from None
     except yaml.YAMLError as error:
         raise Problem(f"{where}: is no YAML ({error})") from None
     except RecursionError:
@@ -166,14 +181,14 @@ class Model(Section):
     base: str = Field("smollm2", description="smollm2, tiny, a folder (written with a slash) or a hub id (owner/name).")
     revision: str | None = Field(None, description="Commit of a hub id; null: the newest.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format of weights while training.")
-    tiny: Tiny = Field(default_factory=Tiny, description="Shape of the model that base: tiny builds.")
+    tiny: Tiny = Tiny()
 
     @field_validator("base")
     @classmethod
     def known(cls, base: str) -> str:
         "A single word is one of ours; folders and hub ids have a slash."
         if base not in BASES and not re.search(r"[/\\]", base):
-            raise ValueError(f"{base} is none of {', '.join(BASES)}{nearest(base, BASES)}; a folder is written ./{base}")
+            raise ValueError(f"{base} is neither smollm2 nor tiny{nearest(base, BASES)}; a folder is written ./{base}")
         return base
 
 # %% ../../nbs/flow/config.ipynb #70d0c8dc
@@ -226,7 +241,7 @@ class Sft(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the steps in which the rate rises.")
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Decay of the adapter's weights.")
     max_tokens: Annotated[int, Field(ge=8)] = Field(160, description="Longer rows are cut, tokens.")
-    lora: Lora = Field(default_factory=Lora, description="The adapter that is trained.")
+    lora: Lora = Lora()
 
     @field_validator("micro_batch")
     @classmethod
@@ -247,8 +262,8 @@ class Training(Section):
     "How model B is made from model A."
 
     seed: Whole = Field(0, description="Seed of the adapter's weights, dropout and the order of rows.")
-    sft: Sft = Field(default_factory=Sft, description="Supervised fine-tuning.")
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="How often training is saved.")
+    sft: Sft = Sft()
+    checkpoint: Checkpoint = Checkpoint()
 
 # %% ../../nbs/flow/config.ipynb #1c24e5c9
 class Benchmark(Section):
@@ -292,7 +307,7 @@ Size = Annotated[int, BeforeValidator(size), Field(ge=0), WithJsonSchema({"type"
 class Automation(Section):
     "What the runner does when a stage fails or hangs."
 
-    timeout: Seconds | None = Field(None, description="A stage that runs longer has failed, s; null: no limit.")
+    timeout: Seconds = Field(0, description="A stage that runs longer has failed, s; 0: no limit.")
     retries: Whole = Field(1, description="Further attempts without progress after a failure.")
     backoff: Seconds = Field(10, description="Pause before the first retry, doubled before each further one, s.")
     grace: Seconds = Field(30, description="Time that a stage gets to save itself when the run is stopped, s.")
@@ -300,7 +315,7 @@ class Automation(Section):
 class Resources(Section):
     "What the run may use."
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; auto: cuda where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; auto: cuda if there is one.")
     threads: Whole = Field(0, description="CPU threads of torch; 0: one for each core.")
     free_disk: Size = Field("2 GB", description="A run does not start with less disk free: 2 GB, 500 MB or bytes.")
 
@@ -314,9 +329,9 @@ class Notifications(Section):
 
     bell: bool = Field(False, description="Ring the terminal's bell when the run ends.")
 
-# %% ../../nbs/flow/config.ipynb #f66ba577
+# %% ../../nbs/flow/config.ipynb #945e74d6
 class Custom(BaseModel):
-    "Free keys for stages of your own, a section for each."
+    "Free keys for stages of your own; stage greet finds its settings in custom.greet."
 
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, dict[str, Any]]
@@ -330,19 +345,29 @@ class Custom(BaseModel):
             raise ValueError(f"{taken[0]} cannot be used as a name here")
         return value
 
-# %% ../../nbs/flow/config.ipynb #e9273356
+# %% ../../nbs/flow/config.ipynb #097fa2d5
 class Stage(Section):
     "A stage of the pipeline; a name alone will do."
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="The notebook nbs/stages/<name>.ipynb.")
-    timeout: Seconds | None = Field(None, description="Instead of automation.timeout, s.")
-    retries: Whole | None = Field(None, description="Instead of automation.retries.")
+    name: str = Field(description="Small letters, digits and _; its notebook is nbs/stages/<name>.ipynb.")
+    timeout: Seconds | None = Field(None, description="Instead of automation.timeout, s; null: as there.")
+    retries: Whole | None = Field(None, description="Instead of automation.retries; null: as there.")
 
     @model_validator(mode="before")
     @classmethod
     def from_name(cls, value: Any) -> Any:
         "A name alone is a stage without limits of its own."
+        if not isinstance(value, (str, dict)):
+            raise ValueError(f"a stage is a name, or {{name: ..., timeout: ..., retries: ...}}, not {shown(value)}")
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def is_name(cls, name: str) -> str:
+        "The name of a notebook and of folders."
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"a stage's name is small letters, digits and _, a letter first, not {shown(name)}")
+        return name
 
     @model_serializer
     def shortest(self) -> str | dict:
@@ -353,19 +378,28 @@ class Stage(Section):
 class Config(Section):
     "A pipeline: its stages, and the settings of each."
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="Runs are named after it.")
-    stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="Stages in the order in which they run.")
-    model: Model = Field(default_factory=Model, description="The model to start from: model A.")
-    data: Data = Field(default_factory=Data, description="The prompts to learn and to be judged by.")
-    training: Training = Field(default_factory=Training, description="How model B is made from model A.")
-    benchmark: Benchmark = Field(default_factory=Benchmark, description="How A and B are compared.")
-    conversion: Conversion = Field(default_factory=Conversion, description="The GGUF files.")
-    upload: Upload = Field(default_factory=Upload, description="Where results go: nothing to set yet.")
-    automation: Automation = Field(default_factory=Automation, description="When a stage fails or hangs.")
-    resources: Resources = Field(default_factory=Resources, description="What the run may use.")
-    logging: Logging = Field(default_factory=Logging, description="What is said while a run goes on.")
-    notifications: Notifications = Field(default_factory=Notifications, description="How the end is announced.")
-    custom: Custom = Field(default_factory=Custom, description="Free keys for stages of your own, a section each.")
+    name: str = Field(description="Runs are named after it; without it, the file's name.")
+    stages: Annotated[list[Stage], Field(min_length=1)] = Field(
+        description="Stages in the order in which they run; without it, the order in settings.ini.")
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    benchmark: Benchmark = Benchmark()
+    conversion: Conversion = Conversion()
+    upload: Upload = Upload()
+    automation: Automation = Automation()
+    resources: Resources = Resources()
+    logging: Logging = Logging()
+    notifications: Notifications = Notifications()
+    custom: Custom = Custom()
+
+    @field_validator("name")
+    @classmethod
+    def is_name(cls, name: str) -> str:
+        "A run's folder begins with it."
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise ValueError(f"may hold letters, digits, - and _, not {shown(name)}")
+        return name
 
     @field_validator("stages")
     @classmethod
@@ -378,11 +412,10 @@ class Config(Section):
                 raise ValueError(f"{found} cannot come before {due}: settings.ini has the order {', '.join(order)}")
         return stages
 
-# %% ../../nbs/flow/config.ipynb #ced53dea
-TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null",
-         "object": "section", "size": "size"}
+# %% ../../nbs/flow/config.ipynb #ea358c02
+TYPES = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "name or section"}
 LIMITS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}",
-          "multipleOf": "multiple of {}"}
+          "multipleOf": "multiple of {}", "minItems": "at least {}"}
 
 def type_words(
     field: dict,  # JSON schema of a field
@@ -392,32 +425,43 @@ def type_words(
         return " or ".join(type_words(option) for option in field["anyOf"])
     if "enum" in field:
         return ", ".join(field["enum"])
-    if field.get("type") == "array":
-        return f"list of {type_words(field['items'])}"
-    limits = [words.format(field[name]) for name, words in LIMITS.items() if name in field]
-    return " ".join([TYPES[field.get("type", "object")], ", ".join(limits)]).strip()
+    kind = field.get("type", "object")
+    words = f"list of {type_words(field['items'])}" if kind == "array" else TYPES.get(kind, kind)
+    return ", ".join([words, *(limit.format(field[name]) for name, limit in LIMITS.items() if name in field)])
 
-def schema_rows(
-    ref: str = "Config",  # a section's class
-    path: str = "",  # its dotted key
+# %% ../../nbs/flow/config.ipynb #0b748dff
+def rows_of(
+    schema: dict,  # JSON schema of the whole
+    section: dict,  # JSON schema of one section
+    path: str,  # its dotted key
 ) -> list[tuple[str, str, str, str]]:
-    "Key, type, default and meaning of every key, from the schema itself."
-    schema = Config.model_json_schema()
+    "Key, type, default and meaning of every key in a section."
     rows = []
-    for name, field in ({"Config": schema} | schema["$defs"])[ref]["properties"].items():
-        key, inner = join(path, name), (field.get("items") or field).get("$ref", "").rpartition("/")[2]
-        default = shown(field["default"]) if "default" in field else ""
-        if inner in ("", "Stage"):
-            rows.append((key, type_words(field), default, field["description"]))
-        if inner:
-            rows += schema_rows(inner, key + "[]" * ("items" in field))
+    for name, field in section["properties"].items():
+        inner = schema["$defs"].get((field.get("items") or field).get("$ref", "").rpartition("/")[2], {})
+        key = join(path, name) + "[]" * ("items" in field and bool(inner))
+        if "$ref" not in field:
+            default = shown(field["default"]) if "default" in field else ""
+            rows.append((join(path, name), type_words(field), default, field["description"]))
+        rows += rows_of(schema, inner, key) if inner.get("properties") else []
     return rows
 
-# %% ../../nbs/flow/config.ipynb #e6032cb4
+def schema_rows() -> list[tuple[str, str, str, str]]:
+    "Key, type, default and meaning of every key, from the schema itself."
+    schema = Config.model_json_schema()
+    return rows_of(schema, schema, "")
+
+# %% ../../nbs/flow/config.ipynb #6cce2806
 def reference() -> str:
-    "The schema as a markdown table."
-    head = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    return "\n".join([*head, *(f"| `{k}` | {t} | {f'`{d}`' if d else ''} | {m} |" for k, t, d, m in schema_rows())])
+    "The schema as markdown: a table for each section."
+    text = []
+    for name, field in Config.model_fields.items():
+        rows = [row for row in schema_rows() if re.split(r"[.\[]", row[0])[0] == name]
+        text += [f"## {name}", "", field.description or field.annotation.__doc__, ""]
+        text += ["| key | type | default | meaning |", "|---|---|---|---|"] * bool(rows)
+        text += [f"| `{key}` | {kind} | `{value}` | {words} |".replace("``", "") for key, kind, value, words in rows]
+        text += [""]
+    return "\n".join(text)
 
 # %% ../../nbs/flow/config.ipynb #15beb602
 WORDS = {
@@ -430,6 +474,7 @@ WORDS = {
     "model_type": "must be a section with keys of its own",
     "dict_type": "must be a section with keys of its own",
     "missing": "is missing",
+    "too_short": "must not be empty",
 }
 
 def dotted(
@@ -475,9 +520,8 @@ def describe(
     elif error["type"] == "value_error":
         words = str(error["ctx"]["error"])
     else:
-        shown = json.dumps(error["input"], ensure_ascii=False, default=str)
         words = WORDS.get(error["type"], error["msg"].replace("Input should be", "must be"))
-        words += "" if error["type"] == "missing" else f", not {shown[:60]}"
+        words += "" if error["type"] in ("missing", "too_short") else f", not {shown(error['input'])[:60]}"
     return f"{places.get(parent, source)}: {key}: {words}"
 
 # %% ../../nbs/flow/config.ipynb #861c22f9
@@ -493,7 +537,7 @@ def checked(
     except ValidationError as error:
         found = [describe(e, places, source) for e in error.errors()]
     short = "; ".join(found)
-    raise Problem(short if len(short) < 240 or len(found) == 1 else f"{found[0]} (and {len(found) - 1} more mistakes)")
+    raise Problem(short if len(short) < 240 or len(found) == 1 else f"{found[0]} (and {len(found) - 1} more)")
 
 # %% ../../nbs/flow/config.ipynb #9728ec55
 @dataclass(frozen=True)
@@ -513,7 +557,7 @@ def settings(
     "The part [so8t] of a settings.ini; None where there is none."
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read(file, encoding="utf-8")
+        parser.read(file, encoding="utf-8-sig")
     except (configparser.Error, UnicodeDecodeError) as error:
         raise Problem(f"{file}: {error}") from None
     return {k: v for k, v in parser["so8t"].items() if k not in parser.defaults()} if "so8t" in parser else None
@@ -577,14 +621,14 @@ def assignment(
     value, _ = parse(value, f"--set {text}")
     return reduce(lambda inner, name: {name: inner}, reversed(names), value)
 
-# %% ../../nbs/flow/config.ipynb #0f8a6745
+# %% ../../nbs/flow/config.ipynb #f794eb91
 def read(
     file: Path,
     label: str,  # what to call it in a message
 ) -> str:
     "The text of a configuration file."
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise Problem(f"{label}: is not UTF-8 text") from None
     except OSError as error:
@@ -594,13 +638,17 @@ def read(
 def locate(
     path: str | Path,  # from here, or from the workspace
     space: Workspace,
-) -> tuple[Path, str]:
-    "A configuration file, and its name in messages and origins."
+) -> tuple[Path, Path]:
+    "A configuration file: its absolute path, and the one that is kept: relative, if it is in the workspace."
     file = next((f.resolve() for f in (Path(path), space.root / path) if f.exists()), None)
     if file is None:
         known = [f"{space.configs.name}/{f.name}" for f in sorted(space.configs.glob("*.yaml"))]
         raise Problem(f"{path}: no such file" + nearest(Path(path).as_posix(), known))
-    return file, (file.relative_to(space.root) if file.is_relative_to(space.root) else file).as_posix()
+    return file, file.relative_to(space.root) if file.is_relative_to(space.root) else file
+
+def title(path: Path) -> str:
+    "A path as one word in messages and origins, alike on all systems."
+    return "".join(c if c.isprintable() else "?" for c in " ".join(path.as_posix().split()))
 
 def load(
     path: str | Path,  # the YAML file
@@ -608,17 +656,19 @@ def load(
 ) -> Resolved:
     "A configuration: defaults, then the file, then each --set."
     space = workspace()
-    file, label = locate(path, space)
+    file, path = locate(path, space)
+    label = title(path)
     values, lines = parse(read(file, label), label)
     if not isinstance(values, dict):
         raise Problem(f"{label}: is empty" if values is None else f"{label}: must hold keys, such as name: {file.stem}")
-    layers = [("default", {"name": file.stem}), ("settings.ini", {"stages": list(space.order)}), (label, values)]
-    layers += [("--set", assignment(text)) for text in sets]
+    known = Config(name="default", stages=["default"]).model_dump()
+    layers = [("default", known | {"name": file.stem}), ("settings.ini", {"stages": list(space.order)})]
+    layers += [(label, values)] + [("--set", assignment(text)) for text in sets]
     places = {key: f"{label}:{line}" for key, line in lines.items()}
     places |= {key: f"--set {text}" for text in sets for key in flat(assignment(text))}
     config = checked(reduce(merge, [over for _, over in layers]), places, label, space.order)
     said = {key: origin for origin, over in layers for key in flat(over)}
-    return Resolved(config, {key: said.get(key, "default") for key in flat(config.model_dump())}, Path(label))
+    return Resolved(config, {key: said[key] for key in flat(config.model_dump())}, path)
 
 # %% ../../nbs/flow/config.ipynb #f82ed87b
 def section(
@@ -627,10 +677,10 @@ def section(
 ) -> Any:
     "A part of a configuration as plain values."
     value = config.model_dump()
-    for i, part in enumerate(names := name.split(".")):
+    for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
-            known = value if isinstance(value, dict) else ()
-            raise Problem(f"{name}: no such key in the configuration{nearest('.'.join(names), [join('.'.join(names[:i]), k) for k in known])}")
+            known = list(value) if isinstance(value, dict) else []
+            raise Problem(f"{name}: the configuration has no such key{nearest(part, known)}")
         value = value[part]
     return value
 
@@ -657,8 +707,7 @@ def freeze(
     run_dir: Path,  # of the run
 ):
     "Write config.yaml into a run."
-    from so8t.flow import disk
-    head = [f"# what this run uses, and where each value came from; written by so8t {version('so8t')}"]
+    head = ["# what this run uses, and where each value came from"]
     head += [f"format: {FORMAT}", f"path: {shown(resolved.path.as_posix())}"]
     lines = frozen_lines(resolved.config.model_dump(), resolved.origin)
     disk.write_text(Path(run_dir) / "config.yaml", "\n".join([*head, *lines, ""]))
@@ -668,15 +717,14 @@ def thaw(
 ) -> Resolved:
     "The configuration that was frozen into a run."
     file = Path(run_dir) / "config.yaml"
-    text = read(file, str(file))
-    values, lines = parse(text, str(file))
+    text = read(file, label := title(file))
+    values, lines = parse(text, label)
     if not isinstance(values, dict) or not isinstance(values.get("format"), int):
-        raise Problem(f"{file}: is no frozen configuration")
-    if values["format"] > FORMAT:
-        raise Problem(f"{file}: written by a newer so8t (format {values['format']}, this one reads {FORMAT})")
-    path = Path(values.pop("path"))
-    del values["format"]
-    config = checked(values, {key: f"{file}:{line}" for key, line in lines.items()}, str(file))
+        raise Problem(f"{label}: is no configuration that so8t froze")
+    made, path = values.pop("format"), Path(str(values.pop("path", "")))
+    if made > FORMAT:
+        raise Problem(f"{label}: made by a newer so8t (format {made}, this one reads {FORMAT}); update so8t")
+    config = checked(values, {key: f"{label}:{line}" for key, line in lines.items()}, label)
     rows = text.splitlines()
     origin = {key: rows[lines[key] - 1].rpartition("  # ")[2] for key in flat(values)}
     return Resolved(config, {key: origin.get(key, "default") for key in flat(config.model_dump())}, path)
