@@ -61,7 +61,7 @@ PUBLIC = {
                 "Non-violent crimes": ("REFUSE", "crime"),
             },
             licences={"custom": "MIT", "DAN": "MIT", "AdvBench": "MIT"},
-            notice="Copyright (c) 2024 Center for Human-Compatible AI; DAN: Shen et al. 2023; AdvBench: Zou et al. 2023",
+            notice="Copyright (c) 2024 Center for Human-Compatible AI; DAN: Shen et al.; AdvBench: Zou et al.",
         ),
         Public(
             name="harmbench",
