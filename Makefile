@@ -29,7 +29,11 @@ soak: setup
 bench: setup
 	for f in nbs/bench/*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace "$$f" && $(BIN)/nbdev-clean --fname "$$f"; done
 
+# torch brings its own CUDA packages where it needs them; they are left to it
+CUDA := cuda-bindings cuda-pathfinder cuda-toolkit triton $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime \
+	cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+
 lock:
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-header \
-		$$($(BIN)/python -c 'print(*["--no-emit-package " + n for n in open("requirements-nodeps.lock").read().split() if 0])') \
-		-o requirements.lock
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --upgrade --quiet \
+		--custom-compile-command "make lock" $(addprefix --no-emit-package ,$(CUDA)) --output-file requirements.lock

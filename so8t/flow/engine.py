@@ -6,15 +6,15 @@
 __all__ = ['MARK', 'SAID', 'Watch', 'classify', 'Client', 'last_line', 'Engine', 'TextLog', 'Handler', 'execute', 'banner',
            'settle', 'render']
 
-# %% ../../nbs/flow/engine.ipynb #226715d5
-import asyncio
+# %% ../../nbs/flow/engine.ipynb #4029b44a
 import os
-import sys
+import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
+from jupyter_core.utils import run_sync
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.clientwrap import PapermillNotebookClient
@@ -50,7 +50,7 @@ class Watch:
         "Ask the notebook to stop, as the stop button in JupyterLab does; its code can save before it goes."
         self.stopping = self.stopping or why
         if self.pid():
-            asyncio.run(self.client.km.interrupt_kernel())
+            run_sync(self.client.km.interrupt_kernel)()
 
 # %% ../../nbs/flow/engine.ipynb #87f79b83
 def classify(
@@ -103,15 +103,16 @@ class Engine(NBClientEngine):
     "Starts the kernel with the run's environment, and its raw output in a log."
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, watch, env, cwd, log, transport, **kwargs):
+    def execute_managed_notebook(cls, nb_man, kernel_name, watch, env, folder, log, **kwargs):
         nb_man.watch = watch
         quiet = {"log_output": False, "raise_on_iopub_timeout": False, "iopub_timeout": 10, "timeout": None}
         watch.client = client = Client(nb_man, kernel_name=kernel_name, startup_timeout=120, **quiet)
         client.km = client.create_kernel_manager()
-        client.km.transport = transport
-        with open(log, "ab") as stream:
+        with tempfile.TemporaryDirectory(prefix="so8t-") as sockets, open(log, "ab") as stream:
+            if os.name == "posix":
+                client.km.transport, client.km.ip = "ipc", os.path.join(sockets, "kernel")
             client.stdout_file = client.stderr_file = TextLog(stream)
-            return client.execute(env=env, cwd=str(cwd), stdout=stream, stderr=stream)
+            return client.execute(env=env, cwd=str(folder), stdout=stream, stderr=stream)
 
 class TextLog:
     "A text face of a binary stream, for papermill's stdout_file."
@@ -146,17 +147,16 @@ def execute(
     output: Path,  # where the executed one is kept, saved after each cell
     parameters: dict,  # values for the `parameters` cell
     env: dict[str, str],  # the kernel's environment
-    cwd: Path,  # the kernel's working folder
+    folder: Path,  # the kernel's working folder
     log: Path,  # the kernel's stdout and stderr are appended here
     watch: Watch,
 ):
     "Execute a notebook to its end; `watch` tells how it ended. Raises nothing that a cell raises."
     papermill_engines.register("so8t", Engine)
     papermill_io.register(str(output.parent), Handler)
-    transport = "ipc" if os.name == "posix" else "tcp"
     try:
         execute_notebook(notebook, output, parameters, engine_name="so8t", progress_bar=False, watch=watch, env=env,
-                         cwd=cwd, log=log, transport=transport)
+                         folder=folder, log=log)
     except PapermillExecutionError:
         pass
     except Exception as error:
