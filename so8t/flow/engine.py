@@ -155,8 +155,8 @@ def execute(
     papermill_engines.register("so8t", Engine)
     papermill_io.register(str(output.parent), Handler)
     try:
-        execute_notebook(notebook, output, parameters, engine_name="so8t", progress_bar=False, watch=watch, env=env,
-                         folder=folder, log=log)
+        execute_notebook(notebook, output, parameters, kernel_name="python3", language="python", engine_name="so8t",
+                         progress_bar=False, watch=watch, env=env, folder=folder, log=log)
     except PapermillExecutionError:
         pass
     except Exception as error:
