@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from so8t.flow import config as configs
@@ -132,6 +132,8 @@ def test_files_that_cannot_be_read(workspace):
 
 def test_marks_of_windows_editors_do_no_harm():
     Path("configs/a.yaml").write_bytes(b"\xef\xbb\xbfname: a\r\nstages: [base]\r\n")
+    settings = Path("settings.ini")
+    settings.write_bytes(b"\xef\xbb\xbf" + settings.read_bytes())
     assert configs.load("configs/a.yaml").config.name == "a"
 
 
@@ -139,7 +141,7 @@ def test_numbers_and_words_are_what_they_look_like():
     text = "training: {sft: {learning_rate: 1e-5, weight_decay: 0}}\nmodel: {base: ./on, revision: '123'}\n"
     config = load(text + "custom: {x: {a: [1E3, .5, 5., -1e+2, 0x10, 010]}}").config
     assert (config.training.sft.learning_rate, config.training.sft.weight_decay) == (1e-5, 0.0)
-    assert config.custom.x["a"] == [1000.0, 0.5, 5.0, -100.0, "0x10", 10.0]
+    assert config.custom.x["a"] == [1000.0, 0.5, 5.0, -100.0, "0x10", 10]
     words = load("custom: {x: {a: [no, on, off, yes, y, 12:30, 2026-11-21, 1_000, ~, null, TRUE]}}").config
     assert words.custom.x["a"] == ["no", "on", "off", "yes", "y", "12:30", "2026-11-21", "1_000", None, None, True]
 
@@ -147,6 +149,10 @@ def test_numbers_and_words_are_what_they_look_like():
 @pytest.mark.parametrize("text, size", [("2 GB", 2 * 10**9), ("500MB", 5 * 10**8), ("1.5 kb", 1500), ("7", 7), (7, 7)])
 def test_sizes(text, size):
     assert load(f"resources: {{free_disk: {text}}}").config.resources.free_disk == size
+
+
+def test_defaults_pass_the_same_checks():
+    assert configs.Config(name="a", stages=["base"]).resources.free_disk == 2 * 10**9
 
 
 def test_defaults_then_file_then_set():
@@ -236,6 +242,7 @@ def written(text: str) -> str:
 
 
 @quick
+@example(free="a  # b", rate=1e-3, base="日本/　x", limit=None)
 @given(free=FREE, rate=st.floats(1e-12, 1), base=st.text(min_size=1), limit=st.none() | st.floats(0, 1e9))
 def test_frozen_and_thawed_is_the_same(free, rate, base, limit, workspace):
     sets = [f"model.base={written('./' + base)}", f"training.sft.learning_rate={rate!r}"]
@@ -293,6 +300,7 @@ def test_the_reference_has_every_key():
     leaves = configs.flat(configs.Config(name="a", stages=["base"]).model_dump()).keys() - {"upload", "custom"}
     assert keys == leaves | {"stages[].name", "stages[].timeout", "stages[].retries"}
     assert all(row[3].endswith(".") for row in configs.schema_rows())
+    assert '| `data.languages` | list of en, ja, at least 1 | `["en", "ja"]` | Languages' in configs.reference()
 
 
 def test_the_sources_are_those_of_the_data_room():

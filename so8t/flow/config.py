@@ -40,11 +40,11 @@ from pydantic import (
 from . import disk
 from .problem import Problem
 
-# %% ../../nbs/flow/config.ipynb #0aae0d8a
+# %% ../../nbs/flow/config.ipynb #7ab720ea
 PATTERNS = {
     "null": (r"~|null|Null|NULL|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
     "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
 }
 
