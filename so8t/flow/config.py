@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', 'BASES', 'SOURCES', 'UNITS', 'Size', 'TYPES',
-           'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'mistake', 'plain', 'mapping', 'join', 'parse', 'shown', 'Section',
-           'distinct', 'Tiny', 'Model', 'source', 'nearest', 'Data', 'Lora', 'Sft', 'Checkpoint', 'Training',
+           'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse', 'shown', 'Section',
+           'nearest', 'distinct', 'Tiny', 'Model', 'source', 'Data', 'Lora', 'Sft', 'Checkpoint', 'Training',
            'Benchmark', 'Conversion', 'Upload', 'size', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom',
            'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown',
            'describe', 'checked', 'Workspace', 'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment',
@@ -56,6 +56,14 @@ class Yaml(yaml.SafeLoader):
 for _tag, (_pattern, _first) in PATTERNS.items():
     Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})$"), [*_first, ""])
 
+# %% ../../nbs/flow/config.ipynb #3db0b7b4
+def join(
+    path: str,  # dotted key of a section; "" for the whole file
+    name: str,  # key in it
+) -> str:
+    "A dotted key."
+    return f"{path}.{name}" if path else name
+
 # %% ../../nbs/flow/config.ipynb #afd67007
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 SCALARS = {"null": lambda _: None, "bool": lambda s: s.lower() == "true", "int": int, "float": float, "str": str}
@@ -103,10 +111,6 @@ def mapping(
         found[name] = plain(value, join(path, name), lines)
     return found
 
-def join(path: str, name: str) -> str:
-    "A dotted key."
-    return f"{path}.{name}" if path else name
-
 # %% ../../nbs/flow/config.ipynb #fb01b500
 def parse(
     text: str,  # YAML
@@ -141,6 +145,21 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+# %% ../../nbs/flow/config.ipynb #a89c068f
+def nearest(
+    name: str,  # what was written
+    known: list[str],  # what would be right
+) -> str:
+    "The words that suggest the nearest valid name; nothing where none is near."
+    close = get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+# %% ../../nbs/flow/config.ipynb #2743c512
 def distinct(values: list) -> list:
     "The list, if nothing stands in it twice."
     twice = [v for i, v in enumerate(values) if v in values[:i]]
@@ -148,14 +167,7 @@ def distinct(values: list) -> list:
         raise ValueError(f"{twice[0]} is listed twice")
     return values
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-# %% ../../nbs/flow/config.ipynb #0e3dcdc3
-BASES = ("smollm2", "tiny")
-
+# %% ../../nbs/flow/config.ipynb #c1d831b5
 class Tiny(Section):
     "The small Phi-3 model that stage base builds and trains itself."
 
@@ -174,6 +186,9 @@ class Tiny(Section):
         if hidden and hidden % (2 * heads):
             raise ValueError(f"{heads} heads do not divide hidden {hidden} into even parts")
         return heads
+
+# %% ../../nbs/flow/config.ipynb #ff8cce96
+BASES = ("smollm2", "tiny")
 
 class Model(Section):
     "The model to start from: model A."
@@ -200,14 +215,7 @@ def source(name: str) -> str:
         raise ValueError(f"{name} is none of {', '.join(SOURCES)}, nor a .jsonl file{nearest(name, SOURCES)}")
     return name
 
-def nearest(
-    name: str,  # what was written
-    known: list[str],  # what would be right
-) -> str:
-    "The words that suggest the nearest valid name; nothing where none is near."
-    close = get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
+# %% ../../nbs/flow/config.ipynb #c58bd60a
 class Data(Section):
     "The prompts to learn and to be judged by."
 
@@ -231,6 +239,7 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scale of the adapter, divided by rank when applied.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the adapter's inputs dropped.")
 
+# %% ../../nbs/flow/config.ipynb #086d3562
 class Sft(Section):
     "Supervised fine-tuning."
 
@@ -252,6 +261,7 @@ class Sft(Section):
             raise ValueError(f"micro_batch {micro_batch} does not divide batch {batch}")
         return micro_batch
 
+# %% ../../nbs/flow/config.ipynb #28dba710
 class Checkpoint(Section):
     "How often training is saved."
 
@@ -375,6 +385,7 @@ class Stage(Section):
         limits = {"timeout": self.timeout, "retries": self.retries}
         return {"name": self.name, **limits} if any(v is not None for v in limits.values()) else self.name
 
+# %% ../../nbs/flow/config.ipynb #349285c4
 class Config(Section):
     "A pipeline: its stages, and the settings of each."
 
@@ -483,6 +494,7 @@ def dotted(
     "The path of a key."
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
 
+# %% ../../nbs/flow/config.ipynb #e3451066
 def keys_of(
     loc: tuple,  # pydantic's path of a section
 ) -> list[str]:
@@ -494,6 +506,7 @@ def keys_of(
         here = schema["$defs"][here["$ref"].rpartition("/")[2]] if "$ref" in here else here
     return list(here["properties"])
 
+# %% ../../nbs/flow/config.ipynb #afc2b8a7
 def unknown(
     loc: tuple,  # pydantic's path of a key that the schema does not have
 ) -> str:
@@ -506,6 +519,7 @@ def unknown(
         return f"unknown key; did you mean {elsewhere[0]}?"
     return f"unknown key; {dotted(loc[:-1]) or 'the file'} has: {', '.join(known) or 'no keys'}"
 
+# %% ../../nbs/flow/config.ipynb #049444f2
 def describe(
     error: dict,  # one of pydantic's
     places: dict[str, str],  # dotted key -> where it stands: file and line, or the --set
@@ -562,6 +576,7 @@ def settings(
         raise Problem(f"{file}: {error}") from None
     return {k: v for k, v in parser["so8t"].items() if k not in parser.defaults()} if "so8t" in parser else None
 
+# %% ../../nbs/flow/config.ipynb #17da1fb5
 def workspace() -> Workspace:
     "The workspace around the current folder, or the one that $SO8T_WORKSPACE names."
     start = Path(os.environ.get("SO8T_WORKSPACE") or Path.cwd()).resolve()
@@ -596,6 +611,7 @@ def flat(
         return {path: value}
     return {k: v for name, inner in value.items() for k, v in flat(inner, join(path, name)).items()}
 
+# %% ../../nbs/flow/config.ipynb #513802ec
 def merge(
     under: dict,
     over: dict,
@@ -635,6 +651,7 @@ def read(
         reason = "is a folder; name a .yaml file in it" if file.is_dir() else error.strerror
         raise Problem(f"{label}: {reason}") from None
 
+# %% ../../nbs/flow/config.ipynb #483201ae
 def locate(
     path: str | Path,  # from here, or from the workspace
     space: Workspace,
@@ -646,10 +663,12 @@ def locate(
         raise Problem(f"{path}: no such file" + nearest(Path(path).as_posix(), known))
     return file, file.relative_to(space.root) if file.is_relative_to(space.root) else file
 
+# %% ../../nbs/flow/config.ipynb #26ec0832
 def title(path: Path) -> str:
     "A path as one word in messages and origins, alike on all systems."
     return "".join(c if c.isprintable() else "?" for c in " ".join(path.as_posix().split()))
 
+# %% ../../nbs/flow/config.ipynb #a1e03a0d
 def load(
     path: str | Path,  # the YAML file
     sets: list[str] = (),  # "key=value", each over the file
@@ -702,6 +721,7 @@ def frozen_lines(
             found.append(f"{indent}{name}: {shown(value)}  # {origin[key]}")
     return found
 
+# %% ../../nbs/flow/config.ipynb #de177141
 def freeze(
     resolved: Resolved,
     run_dir: Path,  # of the run
