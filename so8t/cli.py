@@ -316,10 +316,9 @@ def verify(
     """Hash every artifact and every checkpoint again, and name what is damaged (exit code 3)."""
     workspace = configs.workspace()
     chosen = [session.run_named(workspace, run_id)] if run_id else session.runs(workspace)
-    folders = [f.parent for r in chosen for f in sorted(r.dir.glob("*/*/*/manifest.json")) + sorted(r.dir.glob("code/manifest.json"))]
-    empty = [f for r in chosen for kind in ("artifacts", "checkpoints") for f in sorted((r.dir / kind).glob("*/*/"))
-             if f.is_dir() and f not in folders and not f.name.startswith(".") and ".damaged-" not in f.name]
-    rows = [{"path": f.relative_to(workspace.runs).as_posix(), "damage": disk.verify(f)} for f in folders + empty]
+    folders = [f for r in chosen for pattern in ("code/", "artifacts/*/*/", "checkpoints/*/*/") for f in sorted(r.dir.glob(pattern))]
+    kept = [f for f in folders if f.is_dir() and not f.name.startswith(".") and ".damaged-" not in f.name]
+    rows = [{"path": f.relative_to(workspace.runs).as_posix(), "damage": disk.verify(f)} for f in kept]
     damaged = [row for row in rows if row["damage"]]
     if as_json:
         say(json.dumps(rows, ensure_ascii=False))
@@ -361,11 +360,13 @@ def show_config(
 ):
     """Print the resolved configuration, with where each value came from."""
     workspace = configs.workspace()
-    rows = configs.render(configs.load(config_path(workspace, config), sets))
+    resolved = configs.load(config_path(workspace, config), sets)
     if as_json:
-        return say(json.dumps([dict(zip(("key", "value", "origin"), r, strict=True)) for r in rows], ensure_ascii=False))
+        values = configs.flat(resolved.config.model_dump(mode="json"))
+        rows = [{"key": k, "value": v, "origin": resolved.origin.get(k, "default")} for k, v in values.items()]
+        return say(json.dumps(rows, ensure_ascii=False))
     table = Table("key", "value", "from", box=box.SIMPLE)
-    for key, value, origin in rows:
+    for key, value, origin in configs.render(resolved):
         table.add_row(key, str(value), f"[dim]{origin}[/]" if origin == "default" else f"[bold]{origin}[/]")
     console.print(table)
 

@@ -185,13 +185,13 @@ def read_json(
     except OSError as error:
         raise Problem(f"{path}: {error.strerror}") from None
 
-# %% ../../nbs/flow/disk.ipynb #bc74d0af
+# %% ../../nbs/flow/disk.ipynb #4fc92f02
 def row_in(
     line: bytes,
 ) -> dict | None:
     "The row on a line; None where there is none, as on a torn line."
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.rstrip(b"\0").decode("utf-8"))
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

@@ -6,9 +6,9 @@
 __all__ = ['MARK', 'SAID', 'Watch', 'classify', 'Client', 'last_line', 'Engine', 'TextLog', 'Handler', 'execute', 'banner',
            'settle', 'render']
 
-# %% ../../nbs/flow/engine.ipynb #4029b44a
+# %% ../../nbs/flow/engine.ipynb #6521c81c
 import os
-import tempfile
+import secrets
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,14 +103,15 @@ class Engine(NBClientEngine):
     "Starts the kernel with the run's environment, and its raw output in a log."
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, watch, env, folder, log, **kwargs):
+    def execute_managed_notebook(cls, nb_man, kernel_name, watch, env, folder, scratch, log, **kwargs):
         nb_man.watch = watch
         quiet = {"log_output": False, "raise_on_iopub_timeout": False, "iopub_timeout": 10, "timeout": None}
         watch.client = client = Client(nb_man, kernel_name=kernel_name, startup_timeout=120, **quiet)
         client.km = client.create_kernel_manager()
-        with tempfile.TemporaryDirectory(prefix="so8t-") as sockets, open(log, "ab") as stream:
-            if os.name == "posix":
-                client.km.transport, client.km.ip = "ipc", os.path.join(sockets, "kernel")
+        client.km.connection_file = str(scratch / f"{secrets.token_hex(4)}.json")
+        if os.name == "posix":
+            client.km.transport, client.km.ip = "ipc", client.km.connection_file.removesuffix(".json")
+        with open(log, "ab") as stream:
             client.stdout_file = client.stderr_file = TextLog(stream)
             return client.execute(env=env, cwd=str(folder), stdout=stream, stderr=stream)
 
@@ -148,6 +149,7 @@ def execute(
     parameters: dict,  # values for the `parameters` cell
     env: dict[str, str],  # the kernel's environment
     folder: Path,  # the kernel's working folder
+    scratch: Path,  # a temporary folder of this user alone, its path short: sockets have at most 107 characters
     log: Path,  # the kernel's stdout and stderr are appended here
     watch: Watch,
 ):
@@ -156,7 +158,8 @@ def execute(
     papermill_io.register(str(output.parent), Handler)
     try:
         execute_notebook(notebook, output, parameters, kernel_name="python3", language="python", engine_name="so8t",
-                         progress_bar=False, watch=watch, env=env, folder=folder, log=log)
+                         progress_bar=False, watch=watch, env=env, folder=folder, scratch=scratch,
+                         log=log)
     except PapermillExecutionError:
         pass
     except Exception as error:

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['DECLARES', 'cells', 'declared', 'code_digest', 'imports', 'module_file', 'read_module', 'modules', 'strings',
-           'path_digest', 'named_files', 'parts', 'fingerprint', 'flat', 'changes']
+           'path_digest', 'named_files', 'parts', 'fingerprint', 'changes']
 
-# %% ../../nbs/flow/fingerprint.ipynb #d957a29a
+# %% ../../nbs/flow/fingerprint.ipynb #4a625b42
 import ast
 import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
 
+from .config import flat
 from .problem import Problem
 
 # %% ../../nbs/flow/fingerprint.ipynb #5acfd7fb
@@ -169,16 +170,7 @@ def fingerprint(
     "sha256 over the canonical JSON of the parts."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
-# %% ../../nbs/flow/fingerprint.ipynb #f5e6992f
-def flat(
-    value,  # nested dicts
-    prefix: str = "",
-) -> dict:
-    "Nested dicts as one, keys joined by dots."
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}".strip(".")).items()}
-
+# %% ../../nbs/flow/fingerprint.ipynb #1444084b
 def changes(
     old: dict,  # parts of an earlier artifact
     new: dict,  # parts of today

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MARK', 'marked', 'reap', 'start', 'dismiss', 'watch']
 
-# %% ../../nbs/flow/guard.ipynb #05a47e96
+# %% ../../nbs/flow/guard.ipynb #f2316e16
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -47,14 +48,15 @@ def reap(
         ended += [p.pid for p in found if p.pid not in ended]
     return ended
 
-# %% ../../nbs/flow/guard.ipynb #c4462728
+# %% ../../nbs/flow/guard.ipynb #fe6ad296
 def start(
     run_dir: Path,  # the run to guard
+    scratch: Path,  # the runner's temporary folder
 ) -> subprocess.Popen:
     "Start the guard; it watches until `dismiss`, or until this process is gone."
     apart = {"creationflags": 0x208} if os.name == "nt" else {"start_new_session": True}
-    script = "import sys; from pathlib import Path; from so8t.flow.guard import watch; watch(Path(sys.argv[1]))"
-    command = [sys.executable, "-c", script, str(run_dir)]
+    script = "import sys; from pathlib import Path; from so8t.flow.guard import watch; watch(*map(Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", script, str(run_dir), str(scratch)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, stdin=subprocess.PIPE, **quiet, **apart)
 
@@ -69,7 +71,9 @@ def dismiss(
 
 def watch(
     run_dir: Path,  # the run to guard
+    scratch: Path,  # the runner's temporary folder
 ):
-    "What the guard does: wait for the pipe to end, and reap unless it said good-bye."
+    "What the guard does: wait for the pipe to end; unless it said good-bye, reap and tidy up."
     if sys.stdin.read() != "bye\n":
         reap(run_dir)
+        shutil.rmtree(scratch, ignore_errors=True)

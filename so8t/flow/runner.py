@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FINISHED', 'FAILED', 'INTERRUPTED', 'Wish', 'scene_of', 'fresh_scene', 'choose', 'selected', 'drift', 'Stop',
            'signals', 'Job', 'kernel_env', 'measure', 'supervise', 'keep_last', 'attempt', 'stage_settings',
-           'newest_checkpoint', 'run_stage', 'run_stages', 'execute', 'guarded_stages']
+           'newest_checkpoint', 'run_stage', 'run_stages', 'execute', 'guarded', 'stages_or_reason']
 
-# %% ../../nbs/flow/runner.ipynb #2e5854f0
+# %% ../../nbs/flow/runner.ipynb #a0e5e73a
 import os
 import signal
 import threading
@@ -15,12 +15,12 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 
 from . import config as configs
 from . import disk, guard, plan, session
-from .fingerprint import flat
 from .problem import Problem
 from .screen import PlainScreen
 
@@ -89,7 +89,7 @@ def drift(
     today: configs.Config,
 ) -> str:
     "How today's configuration differs from the frozen one, in a phrase; empty where it does not."
-    old, new = flat(frozen.model_dump(mode="json")), flat(today.model_dump(mode="json"))
+    old, new = (configs.flat(c.model_dump(mode="json")) for c in (frozen, today))
     said = [f"{k}: {old.get(k)} → {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     return "; ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "")
 
@@ -116,7 +116,7 @@ def signals(stop: Stop):
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
 
-# %% ../../nbs/flow/runner.ipynb #02e867e6
+# %% ../../nbs/flow/runner.ipynb #573e4401
 @dataclass
 class Job:
     "What the attempts at the stages of a run have in common."
@@ -124,6 +124,7 @@ class Job:
     scene: plan.Scene
     screen: PlainScreen
     stop: Stop
+    scratch: Path  # a temporary folder
 
 def kernel_env(
     scene: plan.Scene,
@@ -195,7 +196,8 @@ def attempt(
     keep_last(output)
     (run.dir / "progress.json").unlink(missing_ok=True)
     parameters = {"config": str(run.dir / "config.yaml"), "run": run.id}
-    what = (job.scene.code.notebook(step.stage), output, parameters, kernel_env(job.scene), output.parent, log, watch)
+    what = (job.scene.code.notebook(step.stage), output, parameters, kernel_env(job.scene), output.parent, job.scratch,
+            log, watch)
     work = threading.Thread(target=engine.execute, args=what, daemon=True)
     work.start()
     cost = supervise(job, watch, timeout)
@@ -304,18 +306,28 @@ def execute(
     try:
         guard.reap(run.dir)
         disk.collect_garbage(run.dir)
-        watchdog = guard.start(run.dir)
         session.log(run, "run_started", pid=os.getpid(), boot=disk.boot_id())
-        with screen, signals(Stop()) as stop:
-            status = guarded_stages(Job(scene, screen, stop), names)
+        with TemporaryDirectory(prefix="so8t-") as scratch, guarded(run, Path(scratch)), screen, signals(Stop()) as stop:
+            status = stages_or_reason(Job(scene, screen, stop, Path(scratch)), names)
         session.log(run, "run_ended", status=status)
-        guard.dismiss(watchdog)
     finally:
         lock.release()
     plan.save_view(replace(scene, force=()))
     return {"failed": FAILED, "interrupted": INTERRUPTED}.get(status, FINISHED)
 
-def guarded_stages(
+@contextmanager
+def guarded(
+    run: session.Run,
+    scratch: Path,  # the runner's temporary folder
+):
+    "A guard stands by while inside."
+    watchdog = guard.start(run.dir, scratch)
+    try:
+        yield
+    finally:
+        guard.dismiss(watchdog)
+
+def stages_or_reason(
     job: Job,
     names: list[str],
 ) -> str:
