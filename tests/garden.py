@@ -1,4 +1,4 @@
-"A small workspace with real notebooks, for tests: `seed` publishes, `grow` reads it and takes its time, `pick` reads that."
+"A small workspace with real notebooks, for tests: `seed` publishes, `grow` reads it slowly, `pick` reads that."
 
 import json
 import os
@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 
 LIBRARY = Path(__file__).parents[1] / "so8t"
-SETTINGS = "[so8t]\nruns = {runs}\nconfigs = configs\nstages = stages\nconfig = configs/garden.yaml\norder = seed grow pick\n"
+SETTINGS = (
+    "[so8t]\nruns = {runs}\nconfigs = configs\nstages = stages\nconfig = configs/garden.yaml\norder = seed grow pick\n"
+)
 CONFIG = """name: garden
 stages: [seed, grow, pick]
 automation: {retries: 1, backoff: 0.1, grace: 20, timeout: 0}
@@ -36,15 +38,37 @@ with stage.publish() as folder:
     (folder / "result.txt").write_text("a leaf of: " + (stage.inputs["grow"] / "result.txt").read_text())"""
 
 
-def write_notebook(root: Path, name: str, reads: list[str], uses: list[str], *sources: str, note: str = "# A stage", tags=("parameters", "stage")):
+def write_notebook(
+    root: Path,
+    name: str,
+    reads: list[str],
+    uses: list[str],
+    *sources: str,
+    note: str = "# A stage",
+    tags=("parameters", "stage"),
+):
     "A stage notebook."
     opened = f"from so8t.flow.stage import open_stage\nstage = open_stage({name!r}, config, run, reads, uses)\nstage"
     texts = ["config = 'configs/garden.yaml'\nrun = ''", f"reads = {reads!r}\nuses = {uses!r}", opened, *sources]
     cells = [{"cell_type": "markdown", "id": "note", "metadata": {}, "source": note}]
     for i, text in enumerate(texts):
         mine = [tags[i]] if i < len(tags) else []
-        cells.append({"cell_type": "code", "id": f"c{i}", "metadata": {"tags": mine}, "source": text, "outputs": [], "execution_count": None})
-    nb = {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
+        cells.append(
+            {
+                "cell_type": "code",
+                "id": f"c{i}",
+                "metadata": {"tags": mine},
+                "source": text,
+                "outputs": [],
+                "execution_count": None,
+            }
+        )
+    nb = {
+        "cells": cells,
+        "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
     (root / "stages" / f"{name}.ipynb").write_text(json.dumps(nb), encoding="utf-8")
 
 
@@ -81,12 +105,16 @@ class Garden:
 
     def so8t(self, *words: str) -> subprocess.CompletedProcess:
         "The command, to its end."
-        return subprocess.run(self.command(*words), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            self.command(*words), cwd=self.root, env=self.env, capture_output=True, text=True, timeout=120
+        )
 
     def start(self, *words: str) -> subprocess.Popen:
         "The command, left running in a process group of its own."
         out = (self.root / "out.txt").open("ab")
-        return subprocess.Popen(self.command(*words), cwd=self.root, env=self.env, stdout=out, stderr=out, start_new_session=True)
+        return subprocess.Popen(
+            self.command(*words), cwd=self.root, env=self.env, stdout=out, stderr=out, start_new_session=True
+        )
 
     def pids(self) -> dict[str, int]:
         "The processes of the waiting `grow`, once it waits."
@@ -98,7 +126,10 @@ class Garden:
 
     def plan(self, *words: str) -> dict[str, str]:
         "What the dry run says of each stage."
-        return {s["stage"]: s["action"] for s in json.loads(self.so8t("run", "--dry-run", "--json", *words).stdout)["stages"]}
+        return {
+            s["stage"]: s["action"]
+            for s in json.loads(self.so8t("run", "--dry-run", "--json", *words).stdout)["stages"]
+        }
 
     def status(self) -> dict:
         return json.loads(self.so8t("status", "--json").stdout)
@@ -111,7 +142,9 @@ class Garden:
     def digests(self) -> dict[str, str]:
         "Content digest of each artifact of the newest run."
         run = max(self.runs.glob("*/events.jsonl")).parent
-        return {p.parts[-3]: json.loads(p.read_text())["digest"] for p in sorted(run.glob("artifacts/*/*/manifest.json"))}
+        return {
+            p.parts[-3]: json.loads(p.read_text())["digest"] for p in sorted(run.glob("artifacts/*/*/manifest.json"))
+        }
 
 
 def wait_for(look, patience: float = 60):

@@ -84,7 +84,7 @@ def test_nothing_heavy_is_imported_below_the_stages(room):
 
 
 def test_the_command_starts_without_torch_and_papermill():
-    code = "import sys, so8t.cli; print([m for m in ('torch', 'papermill', 'nbformat', 'transformers') if m in sys.modules])"
+    code = "import sys, so8t.cli; print([m for m in ('torch', 'papermill', 'nbformat') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -106,7 +106,9 @@ def test_session_json_is_only_a_view(garden):
 
 def test_a_cell_that_hangs_is_timed_out(garden):
     garden.drought()
-    garden.config.write_text(garden.config.read_text().replace("timeout: 0", "timeout: 3").replace("retries: 1", "retries: 0"))
+    garden.config.write_text(
+        garden.config.read_text().replace("timeout: 0", "timeout: 3").replace("retries: 1", "retries: 0")
+    )
     run = garden.so8t("run")
     assert run.returncode == 1
     assert [e["how"] for e in garden.events("stage_ended")] == ["timeout"]
@@ -151,10 +153,17 @@ def comment_in_module(garden):
     module.write_text(module.read_text(encoding="utf-8") + "\n# %% another comment\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("change, plan", [
-    (notebook_code, [REUSE, RUN, RUN]), (own_config, [RUN, RUN, RUN]), (reached_module, [REUSE, REUSE, RUN]),
-    (markdown, [REUSE] * 3), (other_config, [REUSE] * 3), (comment_in_module, [REUSE] * 3),
-])
+@pytest.mark.parametrize(
+    "change, plan",
+    [
+        (notebook_code, [REUSE, RUN, RUN]),
+        (own_config, [RUN, RUN, RUN]),
+        (reached_module, [REUSE, REUSE, RUN]),
+        (markdown, [REUSE] * 3),
+        (other_config, [REUSE] * 3),
+        (comment_in_module, [REUSE] * 3),
+    ],
+)
 def test_a_change_runs_exactly_what_depends_on_it(garden, change, plan):
     assert garden.so8t("run").returncode == 0
     assert list(garden.plan().values()) == [REUSE] * 3
@@ -164,7 +173,9 @@ def test_a_change_runs_exactly_what_depends_on_it(garden, change, plan):
     assert garden.so8t("run").returncode == 0
     assert len(list(garden.runs.iterdir())) - before == int(RUN in plan)
     if RUN in plan:
-        assert [e["stage"] for e in garden.events("stage_started")] == [s for s, a in zip(("seed", "grow", "pick"), plan, strict=True) if a == RUN]
+        assert [e["stage"] for e in garden.events("stage_started")] == [
+            s for s, a in zip(("seed", "grow", "pick"), plan, strict=True) if a == RUN
+        ]
 
 
 def test_a_run_goes_on_with_the_code_and_the_configuration_that_it_froze(garden):
@@ -190,15 +201,33 @@ def test_damage_is_named_and_made_good(garden):
 
 def test_plain_papermill_runs_a_stage_notebook(garden):
     for name in ("seed", "grow", "pick"):
-        words = [garden.root / "stages" / f"{name}.ipynb", garden.root / f"{name}.ipynb", "-p", "run", "by-hand", "-k", "python3"]
-        subprocess.run([psutil.sys.executable, "-m", "papermill", *words], cwd=garden.root, env=garden.env, check=True, capture_output=True)
+        words = [
+            garden.root / "stages" / f"{name}.ipynb",
+            garden.root / f"{name}.ipynb",
+            "-p",
+            "run",
+            "by-hand",
+            "-k",
+            "python3",
+        ]
+        subprocess.run(
+            [psutil.sys.executable, "-m", "papermill", *words],
+            cwd=garden.root,
+            env=garden.env,
+            check=True,
+            capture_output=True,
+        )
     assert garden.so8t("status", "by-hand", "--json").returncode == 0
     assert json.loads(garden.so8t("status", "by-hand", "--json").stdout)["status"] == "completed"
 
 
 def test_a_finished_run_imports_neither_torch_nor_papermill(garden):
     assert garden.so8t("run").returncode == 0
-    code = ("import sys\nfrom so8t.cli import app\nsys.argv = ['so8t', 'run']\ntry: app()\nexcept SystemExit: pass\n"
-            "print([m for m in ('torch', 'papermill', 'nbformat') if m in sys.modules])")
-    said = subprocess.run([psutil.sys.executable, "-c", code], cwd=garden.root, env=garden.env, capture_output=True, text=True)
+    code = (
+        "import sys\nfrom so8t.cli import app\nsys.argv = ['so8t', 'run']\ntry: app()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'papermill', 'nbformat') if m in sys.modules])"
+    )
+    said = subprocess.run(
+        [psutil.sys.executable, "-c", code], cwd=garden.root, env=garden.env, capture_output=True, text=True
+    )
     assert "nothing has changed" in said.stdout and said.stdout.rstrip().endswith("[]"), said.stderr

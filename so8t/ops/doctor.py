@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -87,8 +87,8 @@ def runs_folder(
         workspace.runs.mkdir(parents=True, exist_ok=True)
         disk.write_text(workspace.runs / ".doctor", "ok")
         os.unlink(workspace.runs / ".doctor")
-    except OSError as error:
-        return Check("Runs folder", "abort", f"{workspace.runs}: {error.strerror}", "make it writable, or set `runs` in settings.ini")
+    except (OSError, Problem) as error:
+        return Check("Runs folder", "abort", f"{workspace.runs} cannot be written ({error})", "set `runs` in settings.ini")
     return Check("Runs folder", "fine", str(workspace.runs))
 
 # %% ../../nbs/ops/doctor.ipynb #8605f619
