@@ -41,8 +41,8 @@ def tiny(folder: Path, kind: str, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     if kind == "phi3":
-        shape = Phi3Config(vocab_size=len(tokenizer), sliding_window=None, original_max_position_embeddings=256, **SHAPE)
-        Phi3ForCausalLM(shape).save_pretrained(folder)
+        rope = {"sliding_window": None, "original_max_position_embeddings": 256}
+        Phi3ForCausalLM(Phi3Config(vocab_size=len(tokenizer), **rope, **SHAPE)).save_pretrained(folder)
     else:
         LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
     return folder
@@ -88,7 +88,8 @@ def test_nothing_outlives_a_killed_caller(tmp_path):
     path = tmp_path / "model.gguf"
     gguf.convert(tiny(tmp_path / "model", "llama"), path)
     script = ("import sys, time; from pathlib import Path; from so8t.ship.gguf import Runtime; "
-              "runtime = Runtime(Path(sys.argv[1])); print(runtime.server.listening_address, flush=True); time.sleep(60)")
+              "runtime = Runtime(Path(sys.argv[1])); print(runtime.server.listening_address, flush=True); "
+              "time.sleep(60)")
     caller = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
     port = int(caller.stdout.readline().strip().rsplit(":", 1)[1])
     assert answers(port) and not psutil.Process(caller.pid).children(recursive=True)

@@ -237,7 +237,7 @@ def timeline(
             width = max(end - start, longest / seconds / 300)
             axes.barh(place, width, left=start, height=0.6, color=LOOKS[span["state"]], zorder=3)
             if span["state"] in ("stopped", "lost"):
-                axes.plot(end, place, marker="X", color=WORSE, markersize=8, markeredgecolor=PAPER, zorder=4, clip_on=False)
+                axes.plot(end, place, "X", color=WORSE, markersize=8, markeredgecolor=PAPER, zorder=4, clip_on=False)
         axes.set(yticks=range(len(stages)), yticklabels=stages, title=title, xlim=(0, None))
         axes.set_xlabel(f"{unit} since the start")
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))

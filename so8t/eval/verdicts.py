@@ -270,7 +270,8 @@ def changed(
     prompts = {row["id"]: row["prompt"] for row in rows}
     pairs = [(x, y) for x, y in zip(*matched(a, b), strict=True) if x["predicted"] != y["predicted"]]
     random.Random(seed).shuffle(pairs)
-    gained, lost, other = ([p for p in pairs if right(p) == kind] for kind in ([False, True], [True, False], [False] * 2))
+    kinds = ([False, True], [True, False], [False, False])
+    gained, lost, other = ([pair for pair in pairs if right(pair) == kind] for kind in kinds)
     mixed = [p for couple in zip(gained, lost) for p in couple]  # noqa: B905
     order = mixed + [p for p in (*gained, *lost, *other) if p not in mixed]
     return [{"id": x["id"], "lang": x["lang"], "prompt": prompts[x["id"]], "verdict": x["verdict"],

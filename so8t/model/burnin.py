@@ -55,7 +55,7 @@ def check_merge(
 ) -> None:
     "A Problem where the merged model is another model."
     if not error <= BOUND * largest:
-        raise Problem(f"the merged model differs from the trained one by {error:.1e} in a logit (largest {largest:.0f}); "
+        raise Problem(f"the merged model differs from the trained one by {error:.1e} in a logit of {largest:.0f}; "
                       f"at most {BOUND * largest:.1e} is rounding: the adapter was not folded in correctly")
 
 def merge(

@@ -6,10 +6,9 @@
 __all__ = ['KINDS', 'TOP', 'TIE', 'read_config', 'check_convertible', 'convert', 'Runtime', 'reference', 'divergence', 'follow',
            'encode', 'compare', 'parity', 'check_parity']
 
-# %% ../../nbs/ship/gguf.ipynb #6bff4063
+# %% ../../nbs/ship/gguf.ipynb #672750ab
 import io
 import json
-import math
 from contextlib import redirect_stderr
 from pathlib import Path
 from secrets import token_hex
@@ -41,8 +40,8 @@ def check_convertible(
     config = read_config(folder)
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 0)
     if config.get("model_type") == "phi3" and window and window < longest:
-        raise Problem(f"{folder}/config.json: sliding_window {window} is shorter than max_position_embeddings {longest}, "
-                      f"and llama.cpp ignores it; set max_position_embeddings to {window} or sliding_window to null")
+        raise Problem(f"{folder}/config.json: sliding_window {window} is shorter than max_position_embeddings "
+                      f"{longest}, and llama.cpp ignores it; set max_position_embeddings to {window} or sliding_window to null")
     if config.get("model_type") == "phi3" and not (folder / "tokenizer.model").is_file():
         raise Problem(f"{folder}: tokenizer.model is missing; copy it from the base model")
 
@@ -85,7 +84,7 @@ class Runtime:
         try:
             self.server = xllamacpp.Server(params)
         except RuntimeError:
-            raise Problem(f"{path}: llama.cpp cannot load it; the file is damaged or was made for another version") from None
+            raise Problem(f"{path}: llama.cpp cannot load it; the file is damaged or of another version") from None
 
     def ask(
         self,
@@ -114,7 +113,8 @@ class Runtime:
         n: int,  # tokens to add at most
     ) -> list[int]:
         "What llama.cpp goes on with, greedily."
-        return self.ask("/completion", {"prompt": ids, "n_predict": n, "temperature": 0, "return_tokens": True})["tokens"]
+        asked = {"prompt": ids, "n_predict": n, "temperature": 0, "return_tokens": True}
+        return self.ask("/completion", asked)["tokens"]
 
     def expect(
         self,
@@ -160,10 +160,11 @@ def follow(
     steps: torch.Tensor,  # its log-probabilities at each step
 ) -> dict:
     "How far llama.cpp agrees with the HF model on one prompt."
-    theirs, tops = zip(*(runtime.expect(ids + said[:i], min(TOP, steps.shape[1])) for i in range(len(said))), strict=True)
+    top = min(TOP, steps.shape[1])
+    theirs, tops = zip(*(runtime.expect(ids + said[:i], top) for i in range(len(said))), strict=True)
     agree = [ours == other for ours, other in zip(said, theirs, strict=True)]
     doubts = [float(step[ours] - step[other]) for step, ours, other in zip(steps, said, theirs, strict=True)]
-    kl = [divergence(step, top) for step, top in zip(steps, tops, strict=True) if top]
+    kl = [divergence(step, likeliest) for step, likeliest in zip(steps, tops, strict=True) if likeliest]
     return {"tokens": len(said), "equal": sum(agree), "first": (agree + [False]).index(False),
             "doubt": max(doubts), "kl": sum(kl) / max(1, len(kl))}
 
@@ -216,5 +217,5 @@ def check_parity(
     if not report["same_ids"]:
         raise Problem(f"{report['file']}: llama.cpp cuts the prompts into other tokens than the HF tokenizer does")
     if not report["identical"] and report["doubt"] > TIE:
-        raise Problem(f"{report['file']}: says another token than the HF model at {report['tokens'] - report['equal']} of "
-                      f"{report['tokens']} places, and not only where two are equally likely; it must not be shipped")
+        raise Problem(f"{report['file']}: says another token than the HF model at "
+                      f"{report['tokens'] - report['equal']} of {report['tokens']} places, and not only where two are equally likely; it must not be shipped")
