@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'Judge', 'SCORES', 'RATES', 'LABELS', 'held_out', 'probabilities', 'answer', 'batches', 'judge_rows',
-           'hf_judge', 'tables_of', 'over_refusal', 'under_refusal', 'scores_of', 'matched', 'right', 'allowed',
-           'stopped', 'harmless_pair', 'grave', 'compare', 'points', 'sentence', 'by_language', 'compared', 'scores',
-           'shown', 'score_table', 'forest_rows', 'changed']
+           'hf_judge', 'judge_models', 'tables_of', 'over_refusal', 'under_refusal', 'scores_of', 'matched', 'right',
+           'allowed', 'stopped', 'harmless_pair', 'grave', 'compare', 'points', 'sentence', 'by_language', 'compared',
+           'scores', 'shown', 'score_table', 'forest_rows', 'changed']
 
-# %% ../../nbs/eval/verdicts.ipynb #859670c2
+# %% ../../nbs/eval/verdicts.ipynb #8e2d3317
 import hashlib
 import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,6 +108,26 @@ def hf_judge(
         return [dict(zip(Verdict, each, strict=True)) for each in logs]
 
     return ask
+
+# %% ../../nbs/eval/verdicts.ipynb #aa279efc
+def judge_models(
+    models: dict[str, Path],  # name of each in this comparison -> its HF folder
+    rows: list[dict],  # held-out rows
+    folder: Path,  # gets <name>.jsonl for each model
+    batch: int = 16,  # prompts asked at once
+    device: str = "cpu",  # or cuda
+    progress: Callable = lambda done, total, note: None,
+) -> list[dict]:
+    "Have each model judge the rows that it has not judged yet; all answers."
+    answers = []
+    for number, (name, source) in enumerate(models.items()):
+        before = number * len(rows)
+        def report(done, total, before=before, name=name):
+            progress(before + done, len(models) * total, name)
+
+        load = partial(hf_judge, source, device)
+        answers += judge_rows(name, load, rows, folder / f"{name}.jsonl", batch, report)
+    return answers
 
 # %% ../../nbs/eval/verdicts.ipynb #313ae945
 def tables_of(

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PHI3_TOKENS', 'KINDS', 'TOP', 'TIE', 'read_config', 'check_convertible', 'safe_name', 'convert', 'Runtime',
-           'reference', 'divergence', 'follow', 'encode', 'compare', 'parity', 'check_parity']
+           'workplace', 'move_all', 'reference', 'divergence', 'follow', 'encode', 'compare', 'parity', 'check_parity']
 
-# %% ../../nbs/ship/gguf.ipynb #fd37bff3
+# %% ../../nbs/ship/gguf.ipynb #26baae41
 import io
 import json
 import re
 from contextlib import redirect_stderr
 from pathlib import Path
 from secrets import token_hex
+from tempfile import mkdtemp
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -22,6 +23,7 @@ import xllamacpp
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from ..flow import disk
 from ..flow.problem import Problem
 
 # %% ../../nbs/ship/gguf.ipynb #2fde3f4c
@@ -138,6 +140,26 @@ class Runtime:
         reply = self.ask("/completion", asked)
         steps = reply.get("completion_probabilities")
         return reply["tokens"][0], {t["id"]: t["logprob"] for t in steps[0]["top_logprobs"]} if steps else {}
+
+# %% ../../nbs/ship/gguf.ipynb #46c4b561
+def workplace(
+    run_dir: Path,  # of the run
+    base_folder: Path,  # of the model that will be converted
+) -> Path:
+    "An empty folder, with room for the model's weights four times; a Problem where there is none."
+    disk.need_space(run_dir, 4 * sum(path.stat().st_size for path in base_folder.glob("*.safetensors")))
+    return Path(mkdtemp(prefix=disk.STAGING, dir=run_dir))
+
+def move_all(
+    source: Path,  # a workplace
+    target: Path,  # a folder on the same disk
+) -> list[str]:
+    "Move everything in a folder to another, and remove the empty one; the names."
+    names = sorted(path.name for path in source.iterdir())
+    for name in names:
+        (source / name).rename(target / name)
+    source.rmdir()
+    return names
 
 # %% ../../nbs/ship/gguf.ipynb #85593964
 TOP = 1000
