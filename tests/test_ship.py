@@ -55,10 +55,10 @@ def test_f16_says_what_hf_says_and_another_model_does_not(tmp_path, kind):
     gguf.convert(model, path)
     same, = gguf.parity(model, [path], TEXT, 8)
     assert same["identical"] and same["same_ids"]
-    gguf.check_parity(same)
+    gguf.check_parity([same])
     wrong, = gguf.parity(other, [path], TEXT, 8)
     with pytest.raises(Problem, match="must not be shipped"):
-        gguf.check_parity(wrong)
+        gguf.check_parity([wrong])
 
 
 def test_the_file_depends_on_the_model_alone(tmp_path):

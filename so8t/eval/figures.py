@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'RULE', 'PAPER', 'MODELS', 'VERDICTS', 'BETTER', 'WORSE', 'UNDECIDED', 'BAND', 'DEPTH', 'ENDS',
            'LOOKS', 'UNITS', 'style', 'sheet', 'draw_confusion', 'confusions', 'decided', 'draw_difference', 'forest',
-           'smooth', 'loss_curve', 'draw_share', 'verdict_shares', 'spans', 'timeline', 'save']
+           'smooth', 'loss_curve', 'draw_share', 'verdict_shares', 'spans', 'timeline', 'save', 'save_all']
 
 # %% ../../nbs/eval/figures.ipynb #a1d3b936
 from collections.abc import Sequence
@@ -259,3 +259,10 @@ def save(
     with style():
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
+
+def save_all(
+    folder: Path,  # of the artifact
+    **drawn: Figure,  # name -> figure
+) -> list[str]:
+    "Write figures as <name>.png; the names of the files."
+    return [save(figure, folder / f"{name}.png").name for name, figure in drawn.items()]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEPT', 'Judge', 'SCORES', 'RATES', 'LABELS', 'held_out', 'probabilities', 'answer', 'batches', 'judge_rows',
            'hf_judge', 'judge_models', 'tables_of', 'over_refusal', 'under_refusal', 'scores_of', 'matched', 'right',
-           'allowed', 'stopped', 'harmless_pair', 'grave', 'compare', 'points', 'sentence', 'by_language', 'compared',
-           'scores', 'shown', 'score_table', 'forest_rows', 'changed']
+           'allowed', 'stopped', 'harmless_pair', 'grave', 'compare', 'points', 'sentence', 'by_language', 'by_model',
+           'compared', 'scores', 'shown', 'score_table', 'forest_rows', 'changed', 'save']
 
 # %% ../../nbs/eval/verdicts.ipynb #8e2d3317
 import hashlib
@@ -251,6 +251,12 @@ def by_language(
     "The answers of each language."
     return {lang: [a for a in answers if a["lang"] == lang] for lang in sorted({a["lang"] for a in answers})}
 
+def by_model(
+    answers: list[dict],
+) -> dict[str, list[dict]]:
+    "The answers of each model, in the order in which they were asked."
+    return {name: [a for a in answers if a["model"] == name] for name in dict.fromkeys(a["model"] for a in answers)}
+
 def compared(
     a: list[dict],  # answers of the first model
     b: list[dict],  # answers of another
@@ -267,9 +273,7 @@ def scores(
     **how,  # resamples, confidence, seed
 ) -> dict:
     "All that can be said of these answers in numbers."
-    models = {}
-    for each in answers:
-        models.setdefault(each["model"], []).append(each)
+    models = by_model(answers)
     found = {name: scores_of(mine, **how) | {"languages": {
         lang: scores_of(part, **how) for lang, part in by_language(mine).items()}} for name, mine in models.items()}
     deserved = Counter(answer["verdict"] for answer in next(iter(models.values())))
@@ -309,17 +313,17 @@ def forest_rows(
     langs = [{"label": f"accuracy, {lang}", **part["accuracy"]} for lang, part in comparison["languages"].items()]
     return rows[:1] + langs + rows[1:]
 
-# %% ../../nbs/eval/verdicts.ipynb #e796bc57
+# %% ../../nbs/eval/verdicts.ipynb #88122ea1
 def changed(
-    a: list[dict],  # answers of model A
-    b: list[dict],  # answers of model B
+    answers: list[dict],  # of two models
     rows: list[dict],  # with the prompts
     limit: int,  # prompts to show
     seed: int = 0,  # of the choice
 ) -> list[dict]:
     "Prompts that the models judge differently: those gained and those lost, in turn."
     prompts = {row["id"]: row["prompt"] for row in rows}
-    pairs = [(x, y) for x, y in zip(*matched(a, b), strict=True) if x["predicted"] != y["predicted"]]
+    both = matched(*by_model(answers).values())
+    pairs = [(x, y) for x, y in zip(*both, strict=True) if x["predicted"] != y["predicted"]]
     random.Random(seed).shuffle(pairs)
     kinds = ([False, True], [True, False], [False, False])
     gained, lost, other = ([pair for pair in pairs if right(pair) == kind] for kind in kinds)
@@ -327,3 +331,13 @@ def changed(
     order = mixed + [p for p in (*gained, *lost, *other) if p not in mixed]
     return [{"id": x["id"], "lang": x["lang"], "prompt": prompts[x["id"]], "verdict": x["verdict"],
              x["model"]: x["predicted"], y["model"]: y["predicted"]} for x, y in order[:limit]]
+
+# %% ../../nbs/eval/verdicts.ipynb #8cb10418
+def save(
+    folder: Path,  # of the artifact
+    answers: list[dict],
+    result: dict,  # scores, and what else is to be known
+) -> None:
+    "Write rows.jsonl and scores.json."
+    disk.append_jsonl(folder / "rows.jsonl", *answers)
+    disk.write_json(folder / "scores.json", result)
