@@ -55,7 +55,7 @@ class Newcomer:
         self.notebook.write_text(json.dumps(nb), encoding="utf-8")
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
-        env = {**os.environ, "COLUMNS": "100", "MPLBACKEND": "agg"}
+        env = {**os.environ, "COLUMNS": "100"}
         return subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True, encoding="utf-8")
 
     def so8t(self, *words: str) -> subprocess.CompletedProcess:
