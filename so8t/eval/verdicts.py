@@ -19,12 +19,15 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as chatter
 
 from ..data.verdict import Verdict
 from . import stats
 from ..flow import disk
 from ..flow.problem import Problem
 from ..model import judge
+
+chatter.disable_progress_bar()
 
 # %% ../../nbs/eval/verdicts.ipynb #1a0a047e
 def held_out(

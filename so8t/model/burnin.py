@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as chatter
 
 from ..flow.problem import Problem
+
+chatter.disable_progress_bar()
 
 # %% ../../nbs/model/burnin.ipynb #3544d4ec
 def logits(

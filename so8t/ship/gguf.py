@@ -23,9 +23,12 @@ import torch
 import xllamacpp
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as chatter
 
 from ..flow import disk
 from ..flow.problem import Problem
+
+chatter.disable_progress_bar()
 
 # %% ../../nbs/ship/gguf.ipynb #2fde3f4c
 def read_config(
