@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'Slice', 'Stage', 'versions', 'open_stage', 'runner_scene', 'notebook_scene', 'stage_of']
 
-# %% ../../nbs/flow/stage.ipynb #49f68f0d
+# %% ../../nbs/flow/stage.ipynb #2e6eff6e
+import hashlib
+import json
 import os
 import platform
 import time
@@ -59,6 +61,21 @@ class Stage:
         done = "finished" if self.step.artifact else "not finished"
         reads = f", reads {', '.join(self.inputs)}" if self.inputs else ""
         return f"stage {self.name} of run {self.run.id} ({done}{reads})"
+
+    def how(
+        self,
+        section: str,  # dotted name, such as training.checkpoint
+    ):
+        "A section that says how the stage works and cannot change what comes of it; it is not in the fingerprint."
+        value = self.scene.config
+        for name in section.split("."):
+            value = getattr(value, name)
+        return value
+
+    def identity(self) -> dict[str, str]:
+        "What a checkpoint of this stage belongs to: its inputs and its settings, as digests."
+        settings = json.dumps(self.step.parts["config"], sort_keys=True)
+        return {**self.step.parts["inputs"], "settings": hashlib.sha256(settings.encode()).hexdigest()}
 
     def progress(
         self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'sha256', 'describe', 'smollm2', 'own_texts', 'tiny_tokenizer', 'tiny_model', 'pretrain', 'tiny_phi3',
-           'model_folder', 'hub_model', 'prepare']
+           'model_folder', 'hub_model', 'prepare', 'answer']
 
 # %% ../../nbs/model/base.ipynb #20d30f5e
 import hashlib
@@ -132,12 +132,14 @@ def pretrain(
         losses.append(loss.item())
     return losses
 
-# %% ../../nbs/model/base.ipynb #4112ff1e
+# %% ../../nbs/model/base.ipynb #8acfae32
 def tiny_phi3(
     tiny: Tiny,  # its shape, seed and number of steps
     folder: Path,  # where the HF folder is written
 ) -> dict:
-    "Build and train the tiny Phi-3; what is known of it."
+    "Build and train the tiny Phi-3, on one thread, so that any number of cores gives the same bytes; what is known of it."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     texts = own_texts()
     tokenizer = tiny_tokenizer(texts, tiny.vocabulary, folder)
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": t.split("\n")[0]}, {"role": "assistant", "content":
@@ -146,6 +148,7 @@ def tiny_phi3(
     tokens = torch.tensor(tokenizer("".join(chats), add_special_tokens=False)["input_ids"])
     losses = pretrain(model, tokens, tiny.steps, tiny.seed)
     model.save_pretrained(folder)
+    torch.set_num_threads(threads)
     return {"name": "tiny-phi3", "source": "built and trained by so8t", "licence": "Apache-2.0",
             "revision": sha256(folder / "model.safetensors"), "pretraining_loss": round(losses[-1], 4)}
 
@@ -198,3 +201,16 @@ def prepare(
     else:
         known = hub_model(model.base, model.revision, folder)
     return describe(folder, **known)
+
+# %% ../../nbs/model/base.ipynb #669a4cd6
+def answer(
+    model,  # causal language model
+    tokenizer,
+    prompt: str,
+    longest: int = 40,  # new tokens
+) -> str:
+    "The likeliest answer to a prompt, token by token."
+    turn = [{"role": "user", "content": prompt}]
+    asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    told = model.generate(**asked, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(told[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -102,7 +102,7 @@ class Checkpointer:
 
     def drop_old(self):
         "Keep the newest, and the one that this training resumed from."
-        whole = [c for c in self.all() if not disk.verify(c)]
+        whole = [c for c in self.all() if disk.is_whole(c, self.folder / "verified.json")]
         for old in whole[: -self.keep]:
             if old != self.resumed:
                 hidden = disk.beside(old, disk.STAGING)
