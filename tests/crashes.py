@@ -103,7 +103,7 @@ SCENARIOS = {
     "append a row": Scenario(prepare_rows(b""), append(3), look_rows, adds=True),
     "append three rows": Scenario(prepare_rows(b""), append(3, 4, 5), look_rows, ((1, 2, 3), (1, 2, 3, 4)), adds=True),
     "append a long row": Scenario(prepare_rows(b""), append(3, note="long " * 2000), look_rows, adds=True),
-    "append after a torn row": Scenario(prepare_rows(b'{"n": 3, "no'), append(4), look_rows, adds=True),
+    "append after a torn row": Scenario(prepare_rows(b'{"n": 3, "note": "' + b"x" * 50), append(4), look_rows, adds=True),
     "append after a row without its line end": Scenario(prepare_rows(b'{"n": 3}'), append(4), look_rows, adds=True),
     "publish": Scenario(lambda folder: (folder / "sft").mkdir(), publish, look_published),
     "publish over a damaged folder": Scenario(prepare_damaged, publish, look_damaged, ("absent",)),
@@ -215,6 +215,8 @@ class Recorder(Watched):
                 self.log.append(("create", first))
         elif label == "remove" and first.is_dir():
             self.log += [("remove", first / name) for name, entry in disk.below(first)] + [("remove", first)]
+        elif label == "sync":
+            self.log.append((label, first, first.read_bytes()))  # what had left the program by then
         else:
             self.log.append((label, first, *args[1:]))
         return super().around(label, do, args)
@@ -236,26 +238,33 @@ def standing_in(steps):
 @dataclass
 class File:
     kept: bytes = b""
-    pending: list = field(default_factory=list)  # ("write", data) or ("truncate", size)
+    pending: list = field(default_factory=list)  # (offset, data) of a write; (size, None) of a cut
 
-    def contents(self, cuts: int) -> set[bytes]:
-        "What may be found in it after a power cut: of what was not synced nothing, all, or a part, the rest blank."
-        found, now = {self.kept}, self.kept
-        for kind, what in self.pending:
-            if kind == "write":
-                for cut in range(0, len(what), max(1, len(what) // cuts)):
-                    found |= {now + what[:cut], now + what[:cut] + bytes(len(what) - cut)}
-                    if what.count(b"\n") < 2:
-                        found.add(now + bytes(cut) + what[cut:])
-                found.add(now + what[:-1])
-            now = now + what if kind == "write" else now[:what]
-            found.add(now)
+    def content(self, changes=None) -> bytes:
+        "What is in it after some changes, by default all, as a running program sees it."
+        now = self.kept
+        for place, data in self.pending if changes is None else changes:
+            now = now[:place] if data is None else now[:place].ljust(place, b"\0") + data + now[place + len(data) :]
+        return now
+
+    def after_power_cut(self, cuts: int) -> set[bytes]:
+        "Any of the changes that were not synced may be missing, and each write may be there in part, the rest blank."
+        found = set()
+        for chosen in itertools.product((False, True), repeat=len(self.pending)):
+            there = list(itertools.compress(self.pending, chosen))
+            found.add(self.content(there))
+            for number, (place, data) in enumerate(there):
+                for torn in parts(data or b"", cuts):
+                    found.add(self.content([*there[:number], (place, torn), *there[number + 1 :]]))
         return found
 
-    def sync(self):
-        for kind, what in self.pending:
-            self.kept = self.kept + what if kind == "write" else self.kept[:what]
-        self.pending = []
+
+def parts(data: bytes, cuts: int) -> Iterator[bytes]:
+    for cut in [*range(0, len(data), max(1, len(data) // cuts)), len(data) - 1] if data else []:
+        yield data[:cut]
+        yield data[:cut] + bytes(len(data) - cut)
+        if data.count(b"\n") < 2:
+            yield bytes(cut) + data[cut:]
 
 
 @dataclass
@@ -271,6 +280,7 @@ class Folder:
         return now
 
     def sync(self):
+        "All its names are durable."
         self.kept, self.pending = self.names(), []
 
 
@@ -308,10 +318,15 @@ class Disk:
         return node
 
     def replay(self, label: str, path: Path, *rest):
-        if label in ("sync", "sync_folder"):
+        if label == "sync":
+            node = self.node(path)
+            node.kept, node.pending = rest[0], []
+        elif label == "sync_folder":
             self.node(path).sync()
-        elif label in ("write", "truncate"):
-            self.node(path).pending.append((label, *rest))
+        elif label == "write":
+            self.node(path).pending.append((len(self.node(path).content()), rest[0]))
+        elif label == "truncate":
+            self.node(path).pending.append((rest[0], None))
         else:
             change = {
                 "create": lambda: link(path.name, File()),
@@ -323,7 +338,9 @@ class Disk:
             self.node(path.parent).pending.append(change)
 
     def may_hold(self, node, hidden: bool, cuts: int) -> list:
-        return sorted(node.contents(cuts)) if isinstance(node, File) else [*self.after_power_cut(node, hidden, cuts)]
+        if isinstance(node, File):
+            return sorted(node.after_power_cut(cuts))
+        return list(self.after_power_cut(node, hidden, cuts))
 
     def after_power_cut(self, node=None, hidden: bool = True, cuts: int = 60) -> Iterator[dict]:
         """Every tree that may be found, as {name: bytes or tree}: any of the names that were not synced may be missing.

@@ -228,6 +228,18 @@ def test_what_is_published_can_be_read_by_those_who_may_read_its_parent(adapter)
 # ---- sizes, names, crowds ----
 
 
+def test_a_system_that_takes_a_few_bytes_at_a_time_gets_them_all():
+    class Reluctant:
+        got = b""
+
+        def write(self, data):
+            self.got += data[:7]
+            return len(data[:7])
+
+    disk.Steps().write(file := Reluctant(), bytes(range(100)))
+    assert file.got == bytes(range(100))
+
+
 def test_very_many_files(tmp_path):
     with standing_in(Watched()), disk.publish(tmp_path / "many") as staging:
         for number in range(3000):
