@@ -4,7 +4,7 @@ READY := .venv/ready
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
 
-.PHONY: setup run test soak bench lock
+.PHONY: setup run test soak bench readme lock
 
 setup: $(READY)
 
@@ -28,6 +28,9 @@ soak: setup
 
 bench: setup
 	for f in nbs/bench/*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace "$$f" && $(BIN)/nbdev-clean --fname "$$f"; done
+
+readme: setup
+	$(BIN)/python .ci/readme.py
 
 # torch brings its own CUDA packages where it needs them; they are left to it
 CUDA := cuda-bindings cuda-pathfinder cuda-toolkit triton $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime \
