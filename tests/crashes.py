@@ -103,7 +103,7 @@ SCENARIOS = {
     "append a row": Scenario(prepare_rows(b""), append(3), look_rows, adds=True),
     "append three rows": Scenario(prepare_rows(b""), append(3, 4, 5), look_rows, ((1, 2, 3), (1, 2, 3, 4)), adds=True),
     "append a long row": Scenario(prepare_rows(b""), append(3, note="long " * 2000), look_rows, adds=True),
-    "append after a torn row": Scenario(prepare_rows(b'{"n": 3, "note": "' + b"x" * 50), append(4), look_rows, adds=True),
+    "append after a torn row": Scenario(prepare_rows(b'{"n": 3, "x": "' + b"x" * 50), append(4), look_rows, adds=True),
     "append after a row without its line end": Scenario(prepare_rows(b'{"n": 3}'), append(4), look_rows, adds=True),
     "publish": Scenario(lambda folder: (folder / "sft").mkdir(), publish, look_published),
     "publish over a damaged folder": Scenario(prepare_damaged, publish, look_damaged, ("absent",)),

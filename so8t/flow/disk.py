@@ -233,6 +233,7 @@ def heal(
     start, line = last_line(file)
     if line and row_in(line) is None:
         steps.truncate(file, start)
+        steps.sync(file)
         return b""
     return b"\n" if line and not line.endswith(b"\n") else b""
 
