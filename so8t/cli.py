@@ -334,7 +334,8 @@ def report_page(
 ) -> Path | None:
     "The report of a run, if it has one."
     folder = next((s.artifact for s in plan.plan(replace(scene, force=())) if s.stage == "report" and s.artifact), None)
-    return folder / "report.html" if folder else None
+    page = folder and session.Run(folder.parents[2]).notebook("report").with_suffix(".html")
+    return page if page and page.is_file() else None
 
 @app.command()
 def report(
