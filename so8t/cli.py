@@ -99,7 +99,7 @@ def say(
     text: str,
 ):
     "A line on stdout that wraps nowhere."
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    print(text)
 
 # %% ../nbs/cli.ipynb #486a179a
 @app.command()
