@@ -316,7 +316,7 @@ def verify(
     """Hash every artifact and every checkpoint again, and name what is damaged (exit code 3)."""
     workspace = configs.workspace()
     chosen = [session.run_named(workspace, run_id)] if run_id else session.runs(workspace)
-    folders = [f for r in chosen for pattern in ("code/", "artifacts/*/*/", "checkpoints/*/*/") for f in sorted(r.dir.glob(pattern))]
+    folders = [f for r in chosen for pattern in ("code/", "artifacts/*/*/", "checkpoints/*/[0-9]*/") for f in sorted(r.dir.glob(pattern))]
     kept = [f for f in folders if f.is_dir() and not f.name.startswith(".") and ".damaged-" not in f.name]
     rows = [{"path": f.relative_to(workspace.runs).as_posix(), "damage": disk.verify(f)} for f in kept]
     damaged = [row for row in rows if row["damage"]]

@@ -129,9 +129,10 @@ class Job:
 def kernel_env(
     scene: plan.Scene,
 ) -> dict[str, str]:
-    "The kernel's environment: the run's mark, and the run's own code first on the path."
+    "The kernel's environment: the run's mark, its own code first on the path, and no word on missing widgets."
     path = os.pathsep.join(filter(None, [str(scene.code.library.parent), os.environ.get("PYTHONPATH", "")]))
-    mine = {"PYTHONPATH": path, guard.MARK: str(scene.run.dir), "SO8T_WORKSPACE": str(scene.root)}
+    quiet = "ignore:IProgress not found"
+    mine = {"PYTHONPATH": path, "PYTHONWARNINGS": quiet, guard.MARK: str(scene.run.dir), "SO8T_WORKSPACE": str(scene.root)}
     return {**os.environ, **mine}
 
 def measure(

@@ -1,0 +1,118 @@
+"configs/tiny.yaml, killed at random moments and started again by the same command, ends with the same artifacts."
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from so8t.flow import guard
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+
+
+class Workspace:
+    "A workspace with the real stages and configs/tiny.yaml, and runs of its own."
+
+    def __init__(self, root: Path):
+        self.root = root
+        shutil.copytree(ROOT / "nbs" / "stages", root / "nbs" / "stages")
+        shutil.copytree(ROOT / "configs", root / "configs")
+        shutil.copy(ROOT / "settings.ini", root)
+
+    def start(self) -> subprocess.Popen:
+        "The one command."
+        command = [sys.executable, "-c", "from so8t.cli import main; main()", "run", "tiny"]
+        out = (self.root / "out.txt").open("ab")
+        return subprocess.Popen(command, cwd=self.root, stdout=out, stderr=out, start_new_session=True)
+
+    def finish(self):
+        code = self.start().wait(600)
+        assert code == 0, (self.root / "out.txt").read_text()
+
+    @property
+    def run(self) -> Path | None:
+        return next(iter(sorted((self.root / "runs").glob("tiny-*"))), None)
+
+    def digests(self) -> dict[str, str]:
+        "Content digest of each stage's artifact."
+        found = sorted(self.run.glob("artifacts/*/*/manifest.json"))
+        assert len(found) == 7
+        return {f.parts[-3]: json.loads(f.read_text(encoding="utf-8"))["digest"] for f in found}
+
+    def repeated(self) -> list[str]:
+        "Stages that were started again after they had finished."
+        lines = (self.run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        finished, again = set(), []
+        for event in map(json.loads, lines):
+            if event["event"] == "stage_started" and event["stage"] in finished:
+                again.append(event["stage"])
+            if event["event"] == "stage_finished":
+                finished.add(event["stage"])
+        return again
+
+
+def kill(workspace: Workspace, runner: subprocess.Popen, how: str):
+    "SIGKILL to the runner alone, to its kernel alone, or to the runner's whole process group."
+    if how == "group":
+        os.killpg(runner.pid, signal.SIGKILL)
+    elif how == "kernel":
+        for process in guard.marked(workspace.run) if workspace.run else []:
+            process.kill()
+    else:
+        runner.kill()
+
+
+def killed(workspace: Workspace, kills: int, dice: random.Random) -> int:
+    "Start and kill until the run is finished or enough kills were made; how many hit a living runner."
+    hits = 0
+    while hits < kills:
+        runner, how = workspace.start(), dice.choice(["runner", "kernel", "group"])
+        try:
+            runner.wait(dice.uniform(1, 25))
+            break
+        except subprocess.TimeoutExpired:
+            kill(workspace, runner, how)
+            hits += 1
+        if how == "kernel":
+            time.sleep(1)
+            runner.send_signal(signal.SIGTERM)
+        runner.wait(120)
+    workspace.finish()
+    return hits
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> dict[str, str]:
+    "The artifacts of a run that nothing interrupted."
+    workspace = Workspace(tmp_path_factory.mktemp("reference"))
+    workspace.finish()
+    return workspace.digests()
+
+
+def test_two_kills(reference, tmp_path):
+    workspace = Workspace(tmp_path)
+    assert killed(workspace, 2, random.Random()) == 2
+    assert workspace.digests() == reference
+    assert workspace.repeated() == []
+
+
+@pytest.mark.soak
+def test_twenty_kills(reference, tmp_path):
+    dice, hits = random.Random(), 0
+    for number in range(20):
+        workspace = Workspace(tmp_path / str(number))
+        hits += killed(workspace, 20 - hits, dice)
+        assert workspace.digests() == reference
+        assert workspace.repeated() == []
+        if hits >= 20:
+            break
+    print(f"{hits} kills in {number + 1} runs, all finished with the same artifacts")
+    assert hits == 20
