@@ -237,7 +237,7 @@ def stage_table(
     "The stages of a run."
     cause = f" by {seen['cause']}" if seen["cause"] else ""
     title = f"{seen['id']}  {coloured(seen['status'])}{cause}  started {seen['starts']} times, last heard {ago(seen['updated'])} ago"
-    table = Table("stage", "status", "attempts", "time", "artifact", "what", title=title, box=box.SIMPLE, title_justify="left")
+    table = Table("stage", "status", "attempts", "time", "artifact", "age", "what", title=title, box=box.SIMPLE, title_justify="left")
     for row in seen["stages"]:
         folder = Path(row["artifact"]) if row["artifact"] else None
         what = row["error"] or ("" if folder else row["reason"])
@@ -246,7 +246,7 @@ def stage_table(
             what = f"{live['done']:g} of {live['total']:g}  {live['note']}"
         whose = f"  from {folder.parents[2].name}" if folder and folder.parents[2].name != seen["id"] else ""
         table.add_row(row["stage"], coloured(row["status"]), str(row["attempts"] or ""),
-                      duration(row["seconds"]) if row["seconds"] else "", (folder.name if folder else "") + whose, what)
+                      duration(row["seconds"]) if row["seconds"] else "", (folder.name if folder else "") + whose, ago(row["published"]), what)
     return table
 
 def checkpoint_table(

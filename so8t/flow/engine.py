@@ -107,7 +107,7 @@ class Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, watch, env, folder, scratch, log, **kwargs):
         nb_man.watch = watch
-        quiet = {"log_output": False, "raise_on_iopub_timeout": False, "iopub_timeout": 10, "timeout": None}
+        quiet = {"log_output": False, "raise_on_iopub_timeout": False, "iopub_timeout": 4, "timeout": None}
         watch.client = client = Client(nb_man, kernel_name=kernel_name, startup_timeout=120, **quiet)
         client.km = client.create_kernel_manager()
         client.km.connection_file = str(scratch / f"{secrets.token_hex(4)}.json")

@@ -179,6 +179,7 @@ def stage_view(
         "stage": step.stage, "status": status, "action": step.action, "reason": step.reason, "attempts": len(starts),
         "seconds": sum(e.get("seconds", 0) for e in ends), "started": starts[-1]["time"] if starts else None,
         "fingerprint": step.fingerprint, "artifact": str(step.artifact) if step.artifact else None,
+        "published": disk.read_manifest(step.artifact)["published"] if step.artifact else None,
         "error": None if step.artifact else last.get("error"),
     }
 
