@@ -17,6 +17,7 @@ from so8t.flow import disk
 from so8t.flow.problem import Problem
 
 NEW = {"step": 2, "note": "new " * 10}
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # for thousands of small folders, where there is one
 
 # ---- what is tried ----
 
