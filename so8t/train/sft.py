@@ -6,20 +6,22 @@
 __all__ = ['IGNORED', 'LINEARS', 'fast_bfloat16', 'example', 'collate', 'batch_of', 'linears_of', 'adapted', 'rate', 'Training',
            'describe', 'summary', 'save_adapter']
 
-# %% ../../nbs/train/sft.ipynb #f8731dc7
+# %% ../../nbs/train/sft.ipynb #f2f019bd
 import random
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from ..flow import disk
 from ..flow.config import Sft
 from ..flow.problem import Problem
 from ..model.judge import encode, pad, question
-from .checkpoint import rng_state, set_rng_state
+from .checkpoint import rng_state, seed_everything, set_rng_state
 
 logging.disable_progress_bar()
 
@@ -30,7 +32,8 @@ def fast_bfloat16(
     "Whether matrix products in bfloat16 are done by the hardware."
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    able = torch.cpu.get_capabilities()
+    return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
 
 # %% ../../nbs/train/sft.ipynb #2ce661ee
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -95,7 +98,7 @@ def adapted(
     seed: int,
 ):
     "The base model, frozen, with a fresh LoRA adapter in float32."
-    torch.manual_seed(seed)
+    seed_everything(seed)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lora = sft.lora
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linears_of(model),
@@ -125,7 +128,8 @@ class Training:
         device: str,  # cpu or cuda
         seed: int,
     ):
-        self.done, self.total, self.sft, self.device, self.seed = 0, sft.steps, sft, device, seed
+        self.done, self.total, self.changing = 0, sft.steps, False
+        self.sft, self.device, self.seed = sft, device, seed
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.examples = [example(self.tokenizer, row, sft.max_tokens) for row in rows]
         self.model = adapted(base, sft, device, seed).train()
@@ -142,19 +146,23 @@ class Training:
         answers = sum(self.examples[i][1] for i in chosen)
         loss = sum(self.backward([self.examples[i] for i in part], answers) for part in parts)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0).item()
+        self.changing = True
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.done += 1
+        self.done, self.changing = self.done + 1, False
         tokens = sum(len(self.examples[i][0]) for i in chosen)
-        return {"step": self.done, "loss": loss, "learning_rate": rate(self.done - 1, self.sft), "gradient_norm": norm, "tokens": tokens}
+        return {"step": self.done, "loss": loss, "learning_rate": rate(self.done - 1, self.sft), "gradient_norm": norm,
+                "tokens": tokens}
 
     def backward(self, examples: list, answers: int) -> float:
         "Add the gradients of a micro-batch; its share of the step's mean loss over answer tokens, nats."
         ids, mask, labels = (t.to(self.device) for t in collate(examples))
+        labels = labels[:, 1:]
+        needed = (labels != IGNORED).any(0).nonzero()[:, 0]
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-            logits = self.model(input_ids=ids, attention_mask=mask).logits
-        wanted = labels[:, 1:] != IGNORED
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1][wanted].float(), labels[:, 1:][wanted], reduction="sum") / answers
+            logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=needed).logits
+        wanted = labels[:, needed].flatten()
+        loss = cross_entropy(logits.flatten(0, 1).float(), wanted, ignore_index=IGNORED, reduction="sum") / answers
         loss.backward()
         return loss.item()
 
@@ -176,9 +184,10 @@ def describe(
 ) -> dict:
     "What is trained: rows, adapted layers, trainable parameters, number format."
     trainable, all_ = work.model.get_nb_trainable_parameters()
+    layers = sorted(work.model.peft_config["default"].target_modules)
     return {"rows": len(work.examples), "epochs": round(work.total * work.sft.batch / len(work.examples), 2),
-            "adapted layers": ", ".join(work.model.peft_config["default"].target_modules), "trainable parameters": trainable,
-            "share of all": f"{trainable / all_:.2%}", "device": work.device, "products in": "bfloat16" if work.autocast else "float32"}
+            "adapted layers": ", ".join(layers), "trainable parameters": trainable, "share of all": f"{trainable / all_:.2%}",
+            "device": work.device, "products in": "bfloat16" if work.autocast else "float32"}
 
 def summary(
     work: Training,
@@ -189,10 +198,14 @@ def summary(
     return {"steps": work.done, "rows": len(work.examples), "tokens": sum(row["tokens"] for row in losses),
             "first loss": round(losses[0]["loss"], 4), "last loss": round(sum(tail) / len(tail), 4)}
 
-# %% ../../nbs/train/sft.ipynb #21633278
+# %% ../../nbs/train/sft.ipynb #7d2f5a2e
 def save_adapter(
     work: Training,
     folder: Path,  # where PEFT's adapter folder is written
 ):
-    "The trained adapter, as PEFT loads it."
+    "The trained adapter, as PEFT loads it; the same training gives the same bytes, wherever its base lies."
+    work.model.peft_config["default"].base_model_name_or_path = None
     work.model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    settings = disk.read_json(folder / "adapter_config.json")
+    disk.write_json(folder / "adapter_config.json", settings | {"target_modules": sorted(settings["target_modules"])})

@@ -86,7 +86,7 @@ def resume(
     state = latest(checkpointer)
     if state:
         work.load(state["work"])
-    finished = bool(state) and checkpointer.resumed.name.endswith("-final")
+    finished = bool(state) and work.done == work.total and checkpointer.resumed.name.endswith("-final")
     if state and not finished:
         disk.append_jsonl(resumed_file(metrics), {"step": work.done})
     keep_rows(metrics, work.done)
