@@ -60,8 +60,9 @@ def verdict_logprobs(
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         ids, mask = pad([forks[i][0] for i in part], model.device)
-        last = mask.sum(1) - 1
-        logits = model(input_ids=ids, attention_mask=mask).logits[torch.arange(len(part)), last].float()
+        ends, which = (mask.sum(1) - 1).unique(return_inverse=True)
+        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ends).logits
+        logits = logits[torch.arange(len(part), device=model.device), which].float()
         tells = torch.tensor([forks[i][1] for i in part], device=model.device)
         found[part] = logits.gather(1, tells).log_softmax(1).cpu()
     return found
