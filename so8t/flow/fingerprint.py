@@ -10,7 +10,7 @@ __all__ = ['DECLARES', 'cells', 'declared', 'code_digest', 'imports', 'module_fi
 import ast
 import hashlib
 import json
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from .config import flat
@@ -87,7 +87,7 @@ def module_file(
     path = library.joinpath(*name.split(".")[1:])
     return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)
 
-@cache
+@lru_cache(maxsize=None)
 def read_module(
     path: Path,  # its file
     stamp: int,  # the file's time in ns, so that a change is seen

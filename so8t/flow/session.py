@@ -7,6 +7,7 @@ __all__ = ['Code', 'workspace_code', 'Run', 'snapshot', 'create', 'free_id', 'lo
            'try_lock', 'holder', 'place', 'whole', 'artifact', 'take_from', 'checkpoints']
 
 # %% ../../nbs/flow/session.ipynb #29587ec9
+import json
 import os
 import re
 import shutil
