@@ -129,11 +129,11 @@ class Job:
 def kernel_env(
     scene: plan.Scene,
 ) -> dict[str, str]:
-    "The kernel's environment: the run's mark, its own code first on the path, and no word on missing widgets."
+    "The kernel's environment: the run's mark, its own code first on the path; idle threads sleep instead of spinning."
     path = os.pathsep.join(filter(None, [str(scene.code.library.parent), os.environ.get("PYTHONPATH", "")]))
-    quiet = "ignore:IProgress not found"
-    mine = {"PYTHONPATH": path, "PYTHONWARNINGS": quiet, guard.MARK: str(scene.run.dir), "SO8T_WORKSPACE": str(scene.root)}
-    return {**os.environ, **mine}
+    calm = {"PYTHONWARNINGS": "ignore:IProgress not found", "OMP_WAIT_POLICY": "PASSIVE"}
+    mine = {"PYTHONPATH": path, guard.MARK: str(scene.run.dir), "SO8T_WORKSPACE": str(scene.root)}
+    return {**calm, **os.environ, **mine}
 
 def measure(
     watch,  # flow.engine.Watch
