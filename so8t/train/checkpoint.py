@@ -128,7 +128,8 @@ def refuse_stranger(
 ):
     "A Problem where a checkpoint belongs to another training."
     theirs = disk.read_manifest(folder)["identity"]
-    other = [f"{k} is {theirs.get(k)}, not {identity.get(k)}" for k in sorted(theirs | identity) if theirs.get(k) != identity.get(k)]
+    pairs = [(k, theirs.get(k), identity.get(k)) for k in sorted(theirs | identity)]
+    other = [f"{k} is {saved}, not {wanted}" for k, saved, wanted in pairs if saved != wanted]
     if other:
         raise Problem(f"{folder}: is the checkpoint of another training ({other[0]}); start a new run, or move it away")
 

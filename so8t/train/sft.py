@@ -88,7 +88,7 @@ def linears_of(
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     found = [name for name in LINEARS if name in names]
     if not found:
-        raise Problem(f"{type(model).__name__}: none of its linear layers is called {', '.join(LINEARS)}; LoRA has no place")
+        raise Problem(f"{type(model).__name__}: no linear layer is called {', '.join(LINEARS)}; LoRA has no place")
     return found
 
 def adapted(
@@ -96,10 +96,11 @@ def adapted(
     sft: Sft,  # the section training.sft
     device: str,  # cpu or cuda
     seed: int,
+    dtype: str = "float32",  # of the base's weights: float32 or bfloat16
 ):
     "The base model, frozen, with a fresh LoRA adapter in float32."
     seed_everything(seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     lora = sft.lora
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linears_of(model),
                         task_type="CAUSAL_LM")
@@ -127,12 +128,13 @@ class Training:
         sft: Sft,  # the section training.sft
         device: str,  # cpu or cuda
         seed: int,
+        dtype: str = "float32",  # of the base's weights: float32 or bfloat16
     ):
         self.done, self.total, self.changing = 0, sft.steps, False
         self.sft, self.device, self.seed = sft, device, seed
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.examples = [example(self.tokenizer, row, sft.max_tokens) for row in rows]
-        self.model = adapted(base, sft, device, seed).train()
+        self.model = adapted(base, sft, device, seed, dtype).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=sft.learning_rate, weight_decay=sft.weight_decay)
         self.autocast = fast_bfloat16(device)
@@ -168,8 +170,8 @@ class Training:
 
     def state(self) -> dict:
         "Adapter, optimizer, generators, and how many steps are done."
-        return {"done": self.done, "adapter": get_peft_model_state_dict(self.model), "optimizer": self.optimizer.state_dict(),
-                "rng": rng_state()}
+        return {"done": self.done, "adapter": get_peft_model_state_dict(self.model),
+                "optimizer": self.optimizer.state_dict(), "rng": rng_state()}
 
     def load(self, state: dict):
         "Put a state back."
@@ -186,8 +188,9 @@ def describe(
     trainable, all_ = work.model.get_nb_trainable_parameters()
     layers = sorted(work.model.peft_config["default"].target_modules)
     return {"rows": len(work.examples), "epochs": round(work.total * work.sft.batch / len(work.examples), 2),
-            "adapted layers": ", ".join(layers), "trainable parameters": trainable, "share of all": f"{trainable / all_:.2%}",
-            "device": work.device, "products in": "bfloat16" if work.autocast else "float32"}
+            "adapted layers": ", ".join(layers), "trainable parameters": trainable,
+            "share of all": f"{trainable / all_:.2%}", "device": work.device,
+            "products in": "bfloat16" if work.autocast else "float32"}
 
 def summary(
     work: Training,

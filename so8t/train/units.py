@@ -96,7 +96,8 @@ def resumed_steps(
     metrics: Path,  # the metrics file
 ) -> list[int]:
     "The steps at which an interrupted training went on."
-    return sorted({row["step"] for row in disk.read_jsonl(resumed_file(metrics))}) if resumed_file(metrics).exists() else []
+    file = resumed_file(metrics)
+    return sorted({row["step"] for row in disk.read_jsonl(file)}) if file.exists() else []
 
 # %% ../../nbs/train/units.ipynb #99dddeef
 @contextmanager
