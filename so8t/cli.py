@@ -137,9 +137,7 @@ def run(
     if steps and all(s.artifact for s in steps) and not new:
         return say(f"{finished_run(scene)} is completed and nothing has changed; --new starts another")
     checks.refuse(checks.examine(workspace, scene.config))
-    if not scene.run:
-        scene = replace(scene, run=session.create(workspace, today))
-        scene = replace(scene, code=scene.run.code)
+    scene = runner.ready(workspace, today, wish)
     code = runner.execute(scene, names, screen(scene.config.logging.progress_seconds))
     closing_words(scene, code)
     raise typer.Exit(code)

@@ -87,11 +87,18 @@ def test_a_second_runner_says_who_runs_it_and_leaves(garden):
 
 
 def test_two_runners_at_the_same_instant_make_one_run_at_a_time(garden):
-    assert garden.so8t("run", "--until", "seed").returncode == 0
     both = [garden.start("run"), garden.start("run")]
     assert [p.wait(120) for p in both] == [0, 0]
+    assert len(list(garden.runs.glob("garden-*"))) == 1
     assert garden.status()["status"] == "completed"
     assert [e["stage"] for e in garden.events("stage_started")] == ["seed", "grow", "pick"]
+
+
+def test_a_run_that_was_killed_while_it_was_made_is_none(garden):
+    assert garden.so8t("run", "--until", "seed").returncode == 0
+    next(garden.runs.glob("*/config.yaml")).unlink()
+    assert garden.so8t("run").returncode == 0
+    assert garden.status()["status"] == "completed"
 
 
 def test_session_json_is_only_a_view(garden):

@@ -92,15 +92,15 @@ def create(
     resolved: configs.Resolved,  # the configuration to freeze
     run_id: str = "",  # a name; else the pipeline's name and the time
 ) -> Run:
-    "A new run: a folder with frozen configuration and code."
+    "A new run: a folder with code and frozen configuration; the configuration comes last and makes it a run."
     run = Run(workspace.runs / (run_id or free_id(workspace, resolved.config.name)))
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Problem(f"{workspace.runs}: no new run can be made here ({error.strerror})") from None
-    configs.freeze(resolved, run.dir)
     snapshot(workspace_code(workspace), run.dir / "code")
     log(run, "run_created", so8t=metadata.version("so8t"))
+    configs.freeze(resolved, run.dir)
     return run
 
 def free_id(
