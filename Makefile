@@ -3,6 +3,7 @@ BIN := .venv/bin
 READY := .venv/ready
 export HF_HUB_OFFLINE ?= 1
 export HF_DATASETS_OFFLINE ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup run test soak bench readme lock
 
@@ -21,7 +22,7 @@ run: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/nbdev-test --n_workers 2
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 soak: setup
 	$(BIN)/pytest -m soak -s
