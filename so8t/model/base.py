@@ -125,8 +125,8 @@ def pretrain(
 ) -> list[float]:
     "Next-token training on windows of the stream; the loss of each step, nats a token."
     windows, losses = torch.Generator().manual_seed(seed), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _ in range(steps):
         starts = torch.randint(len(tokens) - length, (rows,), generator=windows)
         batch = torch.stack([tokens[s : s + length] for s in starts.tolist()])
