@@ -21,7 +21,7 @@ run: setup
 
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/pytest -n 2
 
 soak: setup

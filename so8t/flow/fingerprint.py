@@ -6,11 +6,11 @@
 __all__ = ['DECLARES', 'cells', 'declared', 'code_digest', 'imports', 'module_file', 'read_module', 'modules', 'strings',
            'path_digest', 'named_files', 'parts', 'fingerprint', 'changes']
 
-# %% ../../nbs/flow/fingerprint.ipynb #4a625b42
+# %% ../../nbs/flow/fingerprint.ipynb #22b9e171
 import ast
 import hashlib
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from .config import flat
@@ -87,7 +87,7 @@ def module_file(
     path = library.joinpath(*name.split(".")[1:])
     return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)
 
-@lru_cache(maxsize=None)
+@cache
 def read_module(
     path: Path,  # its file
     stamp: int,  # the file's time in ns, so that a change is seen

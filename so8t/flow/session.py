@@ -6,8 +6,7 @@
 __all__ = ['Code', 'workspace_code', 'Run', 'snapshot', 'create', 'free_id', 'log', 'now', 'events', 'runs', 'run_named',
            'try_lock', 'holder', 'place', 'whole', 'artifact', 'take_from', 'checkpoints']
 
-# %% ../../nbs/flow/session.ipynb #29587ec9
-import json
+# %% ../../nbs/flow/session.ipynb #7b523cf2
 import os
 import re
 import shutil

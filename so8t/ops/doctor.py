@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Check', 'python', 'packages', 'memory', 'gpu', 'existing', 'disk_space', 'runs_folder', 'examine', 'refuse']
 
-# %% ../../nbs/ops/doctor.ipynb #bb529f0b
+# %% ../../nbs/ops/doctor.ipynb #f2466beb
 import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 

@@ -138,7 +138,7 @@ def run(
     rows = []
     with stop_requests() as asked:
         while work.done < work.total and not asked:
-            with rescued(work, lambda: save(work, checkpointer, metrics, rows, "emergency")):
+            with rescued(work, lambda rows=rows: save(work, checkpointer, metrics, rows, "emergency")):
                 rows.append(work.unit())
                 progress(work.done, work.total, note(rows[-1]))
                 if checkpointer.due() and work.done < work.total:
