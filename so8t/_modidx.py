@@ -332,6 +332,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'so8t.flow.runner.kernel_env': ('flow/runner.html#kernel_env', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.measure': ('flow/runner.html#measure', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.newest_checkpoint': ('flow/runner.html#newest_checkpoint', 'so8t/flow/runner.py'),
+                                  'so8t.flow.runner.ready': ('flow/runner.html#ready', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.run_stage': ('flow/runner.html#run_stage', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.run_stages': ('flow/runner.html#run_stages', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.scene_of': ('flow/runner.html#scene_of', 'so8t/flow/runner.py'),

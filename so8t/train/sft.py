@@ -207,8 +207,8 @@ def save_adapter(
     folder: Path,  # where PEFT's adapter folder is written
 ):
     "The trained adapter, as PEFT loads it; the same training gives the same bytes, wherever its base lies."
-    work.model.peft_config["default"].base_model_name_or_path = None
     work.model.save_pretrained(folder)
     (folder / "README.md").unlink()
     settings = disk.read_json(folder / "adapter_config.json")
-    disk.write_json(folder / "adapter_config.json", settings | {"target_modules": sorted(settings["target_modules"])})
+    same = {"base_model_name_or_path": None, "target_modules": sorted(settings["target_modules"])}
+    disk.write_json(folder / "adapter_config.json", settings | same)
