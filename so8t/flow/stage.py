@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'Slice', 'Stage', 'versions', 'open_stage', 'runner_scene', 'notebook_scene', 'stage_of']
 
-# %% ../../nbs/flow/stage.ipynb #2e6eff6e
+# %% ../../nbs/flow/stage.ipynb #e3a2ea53
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
@@ -39,6 +40,9 @@ class Slice:
                           f"add it to `uses` ({', '.join(self._uses)})")
         value = self._config[name] if isinstance(self._config, dict) else getattr(self._config, name)
         return value if name in mine else Slice(value, [u.split(".", 1)[1] for u in mine], self._stage)
+
+# %% ../../nbs/flow/stage.ipynb #16f0f6d8
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # %% ../../nbs/flow/stage.ipynb #997e57f5
 class Stage:
