@@ -157,7 +157,7 @@ def measure(
         times, memory = process.cpu_times(), process.memory_info().rss
     except (psutil.Error, TypeError, ValueError):
         return
-    cost["cpu_seconds"] = round(times.user + times.system, 1)
+    cost["cpu_seconds"] = max(round(times.user + times.system, 1), cost.get("cpu_seconds", 0.0))
     cost["peak_memory"] = max(memory, cost.get("peak_memory", 0))
 
 # %% ../../nbs/flow/runner.ipynb #0c3990a3
