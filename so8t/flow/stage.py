@@ -167,6 +167,7 @@ def notebook_scene(
     else:
         resolved = configs.load(workspace.root / config)
         latest = [] if run else session.runs(workspace, resolved.config.name)
+        plan.check_order(plan.Scene(workspace.root, workspace.runs, session.workspace_code(workspace), resolved.config))
         chosen = latest[-1] if latest else session.create(workspace, resolved, run)
     busy = session.holder(chosen)
     if busy:
