@@ -72,6 +72,7 @@ def choose(
             return scene
     return fresh_scene(workspace, resolved, wish)
 
+# %% ../../nbs/flow/runner.ipynb #67345bff
 def ready(
     workspace: configs.Workspace,
     resolved: configs.Resolved,
@@ -257,12 +258,15 @@ def run_stage(
         if after.action == "skip":
             session.log(run, "stage_finished", stage=step.stage, fingerprint=step.fingerprint, warning=watch.error, **cost)
             return after
-        outcome = "unpublished" if watch.outcome == "ran" else watch.outcome
+        outcome = watch.outcome
+        if outcome == "ran":
+            outcome, watch.error = "unpublished", "it reached its end without publishing its artifact"
         said = {"outcome": "interrupted" if outcome == "interrupted" else "failed", "how": outcome}
         session.log(run, "stage_ended", stage=step.stage, cell=watch.cell, error=watch.error, **said, **cost)
         if said["outcome"] == "interrupted":
             return "interrupted"
-        job.screen.line(f"{step.stage}: {outcome} in code cell {watch.cell}: {watch.error}")
+        where = f" in code cell {watch.cell}" if watch.cell else ""
+        job.screen.line(f"{step.stage}: {outcome}{where}: {watch.error}")
         tried = 1 if newest_checkpoint(run, step.stage) != reached else tried + 1
         if watch.problem or tried > retries:
             return "failed"
@@ -328,6 +332,7 @@ def execute(
     plan.save_view(replace(scene, force=()))
     return {"failed": FAILED, "interrupted": INTERRUPTED}.get(status, FINISHED)
 
+# %% ../../nbs/flow/runner.ipynb #a131d7a7
 @contextmanager
 def guarded(
     run: session.Run,
