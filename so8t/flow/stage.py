@@ -155,6 +155,7 @@ def runner_scene() -> plan.Scene:
     run = session.Run(Path(os.environ[guard.MARK]))
     return plan.Scene(Path(os.environ["SO8T_WORKSPACE"]), run.dir.parent, run.code, run.resolved().config, run)
 
+# %% ../../nbs/flow/stage.ipynb #2c8d1524
 def notebook_scene(
     config: str,
     run: str,
