@@ -22,24 +22,33 @@ from so8t.train import units
 from so8t.train.checkpoint import Checkpointer, latest, rng_state, set_rng_state
 
 torch.set_num_threads(1)
-STEPS = 24
+STEPS = {"sft": 24, "ppo": 16}
 WORDS = {"ALLOW": "boil an egg", "ESCALATION": "stop my tablets", "DENY": "copy a film", "REFUSE": "poison a well"}
 CHILD = f"""
-import json, sys
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from so8t.flow.config import Lora, Sft
-from so8t.train import sft, units
+from so8t.flow.config import Lora, Ppo, Sft
+from so8t.model import adapter
+from so8t.train import ppo, sft, units
 from so8t.train.checkpoint import Checkpointer
-base, folder = map(Path, sys.argv[1:])
+kind, base, folder = sys.argv[1], *map(Path, sys.argv[2:])
 words = {WORDS!r}
-rows = [{{"prompt": f"Tell me {{i}} ways to {{text}}", "verdict": v}} for i in range(8) for v, text in words.items()]
-settings = Sft(steps={STEPS}, batch=4, micro_batch=2, learning_rate=1e-2, max_tokens=96, lora=Lora(rank=4, dropout=0.1))
-work = sft.Training(base, rows, settings, "cpu", 0)
-saver = Checkpointer(folder / "checkpoints", {{"base": "tiny"}}, every=0.1, keep=3)
+quad = dict(task="T.", safety="S.", policy="P.", final="F.", answer="A word or two, then.")
+rows = [{{"lang": "en", "prompt": f"Tell me {{i}} ways to {{text}}", "verdict": v, **quad}}
+        for i in range(8) for v, text in words.items()]
+settings = Sft(steps={STEPS["sft"]}, batch=4, micro_batch=2, learning_rate=1e-2, max_tokens=192,
+               lora=Lora(rank=4, dropout=0.1))
+work = sft.Training(base, rows, settings, "cpu", 0, quantization="nf4")
+if kind == "ppo":
+    adapter.save(work.model, base / "start")
+    settings = Ppo(iterations=4, rollouts=4, chunk=2, minibatch=2, micro_batch=1, epochs=1, max_new_tokens=24,
+                   learning_rate=1e-3)
+    work = ppo.Ppo(base, base / "start", rows, settings, "cpu", 0, quantization="nf4")
+saver = Checkpointer(folder / "checkpoints", {{"base": "tiny"}}, every=0.1, keep=3, stall=0.9)
 units.run(work, saver, folder / "metrics.jsonl", lambda done, total, note: print(done, flush=True))
-sft.save_adapter(work, folder / "adapter")
+adapter.save(work.model, folder / "adapter")
 """
 
 
@@ -63,9 +72,9 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def start(base: Path, folder: Path) -> subprocess.Popen:
+def start(kind: str, base: Path, folder: Path) -> subprocess.Popen:
     "A training process; it prints the number of each step that is done."
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(base), str(folder)], stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", CHILD, kind, str(base), str(folder)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
 
@@ -81,37 +90,41 @@ def stop_at(child: subprocess.Popen, step: int, how: int, pause: float = 0.0) ->
     return int(rest[-1]) if rest else said
 
 
-def result(folder: Path) -> dict[str, str]:
+def result(kind: str, folder: Path) -> dict[str, str]:
     "Digests of all that a training ends with."
-    final = folder / "checkpoints" / f"{STEPS:08d}-final"
+    final = folder / "checkpoints" / f"{STEPS[kind]:08d}-final"
     files = {**disk.files_below(folder / "adapter"), **disk.files_below(final), "metrics": folder / "metrics.jsonl"}
     return {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items() if name != disk.MANIFEST}
 
 
-@pytest.fixture(scope="module")
-def whole(base, tmp_path_factory) -> dict[str, str]:
-    "What a training ends with that nobody disturbs."
-    folder = tmp_path_factory.mktemp("whole")
-    errors = start(base, folder).communicate(timeout=300)[1]
+@pytest.fixture(scope="module", params=STEPS)
+def whole(request, base, tmp_path_factory) -> tuple[str, dict[str, str]]:
+    "A kind of training, and what it ends with where nobody disturbs it."
+    folder, kind = tmp_path_factory.mktemp("whole"), request.param
+    errors = start(kind, base, folder).communicate(timeout=300)[1]
     assert (folder / "adapter").is_dir(), errors
-    losses = [row["loss"] for row in disk.read_jsonl(folder / "metrics.jsonl")]
-    assert len(losses) == STEPS and sum(losses[-4:]) < sum(losses[:4])
-    return result(folder)
+    rows = disk.read_jsonl(folder / "metrics.jsonl")
+    assert len(rows) == STEPS[kind]
+    if kind == "sft":
+        losses = [row["loss"] for row in rows]
+        assert sum(losses[-4:]) < sum(losses[:4])
+    return kind, result(kind, folder)
 
 
-def survive(base: Path, folder: Path, whole: dict, kills: int, seed: int):
+def survive(base: Path, folder: Path, whole: tuple, kills: int, seed: int):
     "Kill a training at random moments, and let it come to its end."
+    kind, expected = whole
     dice = random.Random(seed)
     for _ in range(kills):
-        stop_at(start(base, folder), dice.randrange(1, STEPS), signal.SIGKILL, dice.random() * 0.05)
-    errors = start(base, folder).communicate(timeout=300)[1]
+        stop_at(start(kind, base, folder), dice.randrange(1, STEPS[kind]), signal.SIGKILL, dice.random() * 0.05)
+    errors = start(kind, base, folder).communicate(timeout=300)[1]
     assert (folder / "adapter").is_dir(), errors
-    assert result(folder) == whole
+    assert result(kind, folder) == expected
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(base, whole, tmp_path):
-    survive(base, tmp_path, whole, kills=2, seed=1)
+    survive(base, tmp_path, whole, kills=3, seed=1)
 
 
 @pytest.mark.soak
@@ -122,8 +135,9 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(base, whole, tmp_path, see
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these to another process")
 def test_asked_to_stop_it_loses_no_step(base, whole, tmp_path):
+    kind = whole[0]
     for step, how in ((5, signal.SIGTERM), (12, signal.SIGINT)):
-        child = start(base, tmp_path)
+        child = start(kind, base, tmp_path)
         last = stop_at(child, step, how)
         assert f"{last:08d}-emergency" in names(tmp_path) and child.returncode != 0
         assert [row["step"] for row in disk.read_jsonl(tmp_path / "metrics.jsonl")] == list(range(1, last + 1))
@@ -148,6 +162,9 @@ class Counting:
     def load(self, state: dict):
         self.done, self.sum = state["done"], state["sum"].clone()
         set_rng_state(state["rng"])
+
+    def shrink(self) -> bool:
+        return False
 
 
 def saver(folder: Path, identity: str = "mine", **how) -> Checkpointer:
@@ -216,6 +233,7 @@ def test_two_good_ones_stay_however_many_are_damaged(tmp_path):
     work, keeper = Counting(9), saver(tmp_path, keep=1)
     for step in range(1, 7):
         place = keeper.save(step, {"work": work.state()})
+        keeper.wait()
         if step in (4, 5):
             truncate(place)
     good = [n for n in names(tmp_path) if not disk.verify(tmp_path / "checkpoints" / n)]
