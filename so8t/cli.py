@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'JsonOption', 'COLOURS', 'DAMAGED', 'options', 'main',
-           'config_path', 'the_run', 'say', 'run', 'note_drift', 'finished_run', 'closing_words', 'show_plan',
-           'scene_for', 'ago', 'duration', 'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page',
-           'list_runs', 'verify', 'report_page', 'report', 'show_config', 'doctor']
+           'config_path', 'the_run', 'say', 'run', 'note_drift', 'start_at', 'finished_run', 'closing_words',
+           'show_plan', 'scene_for', 'ago', 'duration', 'coloured', 'stage_table', 'checkpoint_table', 'status',
+           'status_page', 'checkpoint', 'list_runs', 'verify', 'report_page', 'report', 'show_config', 'doctor']
 
 # %% ../nbs/cli.ipynb #2c12dfdb
 import json
@@ -112,6 +112,7 @@ def run(
     last: Annotated[str, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = "",
     only: Annotated[str, typer.Option("--only", metavar="STAGE", help="This stage alone.")] = "",
     force: Annotated[list[str], typer.Option("--force", metavar="STAGE", help="Run it in a new run even if it is finished; may be repeated.")] = [],  # noqa: B006
+    resume_from: Annotated[str, typer.Option("--resume-from", metavar="CHECKPOINT", help="Go on from this checkpoint of the run (`sft/00000040-rolling`, or a path); newer ones are set aside.")] = "",
     reuse: Annotated[bool, typer.Option("--reuse/--no-reuse", help="Take artifacts with the same fingerprint from other runs.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
     as_json: JsonOption = False,
@@ -138,6 +139,8 @@ def run(
         return say(f"{finished_run(scene)} is completed and nothing has changed; --new starts another")
     checks.refuse(checks.examine(workspace, scene.config))
     scene = runner.ready(workspace, today, wish)
+    if resume_from:
+        start_at(scene.run, resume_from)
     code = runner.execute(scene, names, screen(scene.config.logging.progress_seconds))
     closing_words(scene, code)
     raise typer.Exit(code)
@@ -152,6 +155,17 @@ def note_drift(
     said = runner.drift(scene.config, today.config) if scene.run and scene.config.name == today.config.name else ""
     if said:
         say(f"{scene.run.id} goes on with the configuration that it froze; today's differs ({said}): --new takes today's")
+
+def start_at(
+    run: session.Run,
+    checkpoint: str,  # stage/checkpoint, or a path
+):
+    "Make a run go on from a checkpoint, and say what was set aside; a Problem while the run is being executed."
+    if busy := session.holder(run):
+        raise Problem(f"{run.id} is being executed by process {busy['pid']}: stop it first (Ctrl-C saves)")
+    chosen = session.find_checkpoint(run, checkpoint)
+    aside = session.resume_from(run, chosen)
+    say(f"{chosen.parent.name} goes on from {chosen.name}" + (f"; set aside: {', '.join(aside)}" if aside else ""))
 
 def finished_run(
     scene: plan.Scene,
@@ -283,6 +297,27 @@ def status_page(
 ) -> Group:
     "Stages, and checkpoints where there are any."
     return Group(*([stage_table(seen)] + ([checkpoint_table(seen)] if seen["checkpoints"] else [])))
+
+# %% ../nbs/cli.ipynb #f27208fc
+@app.command()
+def checkpoint(
+    run_id: RunArgument = "",
+    wait: Annotated[float, typer.Option(help="How long to wait for it, s.")] = 120,
+):
+    """Ask the training that a run is in to save now, without stopping it."""
+    found = the_run(configs.workspace(), run_id)
+    progress = found.dir / "progress.json"
+    stage = disk.read_json(progress)["stage"] if progress.exists() else ""
+    folder = found.checkpoints(stage)
+    if not session.holder(found) or not stage or not folder.is_dir():
+        raise Problem(f"{found.id} is in no training that could save now (so8t status {found.id})")
+    disk.write_text(folder / disk.SAVE_NOW, "")
+    end = time.monotonic() + wait
+    while (folder / disk.SAVE_NOW).exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    if (folder / disk.SAVE_NOW).exists():
+        raise Problem(f"{found.id}: no checkpoint within {wait:g} s; it is saved as soon as the step is over")
+    say(f"saved: {session.checkpoints(found, stage)[-1]}")
 
 # %% ../nbs/cli.ipynb #8fcaaf84
 @app.command("list")

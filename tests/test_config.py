@@ -45,7 +45,7 @@ MISTAKES = {
     "training:\n  sft:\n    bach: 4\n": "a.yaml:3: training.sft.bach: unknown key; did you mean training.sft.batch?",
     "learning_rate: 1e-4": "learning_rate: unknown key; did you mean training.sft.learning_rate?",
     "zzz: 1": "a.yaml:1: zzz: unknown key; the file has: name, stages, model",
-    "model: {zzz: 1}": "model.zzz: unknown key; model has: base, revision, dtype, tiny",
+    "model: {zzz: 1}": "model.zzz: unknown key; model has: base, revision, dtype, quantization, tiny",
     "upload: {to: hub}": "upload.to: unknown key; upload has: no keys",
     "training.sft.batch: 4": "training.sft.batch is no key: keys are single words, nested by indentation",
     "1: 2": "1: unknown key",
@@ -298,7 +298,8 @@ def test_our_own_files_are_right(file, monkeypatch):
 def test_the_reference_has_every_key():
     keys = {row[0] for row in configs.schema_rows()}
     leaves = configs.flat(configs.Config(name="a", stages=["base"]).model_dump()).keys() - {"upload", "custom"}
-    assert keys == leaves | {"stages[].name", "stages[].timeout", "stages[].retries"}
+    rows = {"stages[]": ("name", "timeout", "retries"), "training.search.over[]": configs.Span.model_fields}
+    assert keys == leaves | {f"{path}.{name}" for path, names in rows.items() for name in names}
     assert all(row[3].endswith(".") for row in configs.schema_rows())
     assert '| `data.languages` | list of en, ja, at least 1 | `["en", "ja"]` | Languages' in configs.reference()
 

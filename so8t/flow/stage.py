@@ -184,7 +184,7 @@ def stage_of(
     steps = {step.stage: step for step in plan.plan(scene)}
     if name not in steps:
         raise Problem(f"{scene.config.name} has no stage {name} (its stages: {', '.join(steps)})")
-    reads = declared(scene.code.notebook(name))["reads"]
+    reads = plan.reads_of(scene, name)
     missing = [r for r in reads if not steps[r].artifact]
     if missing:
         raise Problem(f"stage {name} reads {missing[0]}, which is not finished in {scene.run.id} "
