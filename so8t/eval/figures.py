@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['WIDTH', 'INK', 'MUTED', 'RULE', 'PAPER', 'MODELS', 'VERDICTS', 'BETTER', 'WORSE', 'UNDECIDED', 'BAND', 'DEPTH',
            'ENDS', 'LOOKS', 'UNITS', 'style', 'sheet', 'draw_confusion', 'confusions', 'decided', 'draw_difference',
-           'forest', 'smooth', 'loss_curve', 'draw_share', 'verdict_shares', 'spans', 'timeline', 'save', 'save_all']
+           'forest', 'smooth', 'loss_curve', 'ppo_curves', 'ppo_rounds', 'Live', 'draw_share', 'verdict_shares',
+           'spans', 'timeline', 'save', 'save_all']
 
-# %% ../../nbs/eval/figures.ipynb #a1d3b936
-from collections.abc import Sequence
+# %% ../../nbs/eval/figures.ipynb #296a6b17
+import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import HTML, display
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -162,6 +165,67 @@ def loss_curve(
         axes.grid(False, axis="x")
         figure.legend(loc="outside lower center", ncols=3, fontsize=9, labelcolor=MUTED)
     return figure
+
+# %% ../../nbs/eval/figures.ipynb #19f98c34
+def ppo_curves(
+    metrics: Sequence[dict],  # rows of train.ppo
+) -> Figure:
+    "Reward and verdict reward of each chunk of rollouts, and the divergence from the SFT model at the end of each round."
+    rolled = [row for row in metrics if row["phase"] == "rollout"]
+    ends = [row for row in rolled if "kl" in row]
+    with style():
+        figure, (left, right) = sheet(WIDTH, 3.0, 2)
+        steps = [row["step"] for row in rolled]
+        left.plot(steps, [row["reward"] for row in rolled], color=MODELS["C"], linewidth=2, label="reward")
+        left.plot(steps, [row["verdict"] for row in rolled], color=MODELS["B"], linewidth=1.6, label="verdict")
+        left.plot(steps, [row["grammar"] for row in rolled], color=MODELS["A"], linewidth=1.6, label="valid quads")
+        right.plot([row["iteration"] for row in ends], [row["kl"] for row in ends], color=INK, linewidth=2, marker="o", markersize=4)
+        left.set(title="Reward", xlabel="unit of work")
+        right.set(title="Divergence from the SFT model", xlabel="round", ylabel="nats an answer")
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, labelcolor=MUTED)
+    return figure
+
+# %% ../../nbs/eval/figures.ipynb #f18f485f
+def ppo_rounds(
+    rounds: Sequence[dict],  # from train.ppo.rounds
+) -> Figure:
+    "The parts of the reward, round by round."
+    with style():
+        figure, (axes,) = sheet(WIDTH, 3.0)
+        colours = {"reward": MODELS["C"], "verdict": MODELS["B"], "grammar": MODELS["A"], "consistency": VERDICTS["ESCALATION"],
+                   "helpfulness": VERDICTS["REFUSE"]}
+        for name, colour in colours.items():
+            axes.plot([row["iteration"] for row in rounds], [row[name] for row in rounds], color=colour, linewidth=2,
+                      marker="o", markersize=4, label=name)
+        axes.set(title="PPO: mean reward of a round, and its parts", xlabel="round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9, labelcolor=MUTED)
+    return figure
+
+# %% ../../nbs/eval/figures.ipynb #d38c28b5
+class Live:
+    "Called with each row of metrics; shows a figure of all so far."
+
+    def __init__(
+        self,
+        draw: Callable[[list[dict]], Figure],
+        every: float = 30.0,  # s
+    ):
+        self.draw, self.every, self.rows, self.last = draw, every, [], time.monotonic()
+        self.shown = display(HTML(""), display_id=True)
+
+    def __call__(self, row: dict):
+        self.rows.append(row)
+        if self.shown and time.monotonic() - self.last >= self.every:
+            self.last = time.monotonic()
+            self.shown.update(self.draw(self.rows))
+
+    def close(self):
+        "Take the figure away."
+        if self.shown:
+            self.shown.update(HTML(""))
 
 # %% ../../nbs/eval/figures.ipynb #0d598b4f
 def draw_share(

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['HALVES', 'clock', 'size', 'percent', 'chip', 'table', 'tile', 'gain', 'rate', 'answer', 'attempts', 'run_tiles',
-           'stage_lines', 'source_lines', 'halves', 'resumed', 'example_lines', 'file_lines']
+           'stage_lines', 'source_lines', 'halves', 'resumed', 'example_lines', 'sentences', 'lines', 'file_lines']
 
-# %% ../../nbs/eval/report.ipynb #fa7086dc
+# %% ../../nbs/eval/report.ipynb #e3d0dae9
 from datetime import datetime
 from html import escape
 from pathlib import Path
 
 from IPython.display import HTML
 
-from .figures import BETTER, INK, MUTED, RULE, VERDICTS, WORSE
+from .figures import BETTER, INK, MODELS, MUTED, RULE, VERDICTS, WORSE
 from ..flow import disk
 
 # %% ../../nbs/eval/report.ipynb #02d908cf
@@ -186,20 +186,36 @@ def example_lines(
 ) -> HTML:
     "Prompts that the two models judge differently, the right verdict beside them."
     marks = {True: f'<span style="color:{BETTER}">✓</span>', False: f'<span style="color:{WORSE}">✗</span>'}
-    rows = [[escape(e["prompt"]), chip(e["verdict"]), *(f"{chip(e[m])} {marks[e[m] == e['verdict']]}" for m in ("A", "B"))]
+    names = sorted({name for e in examples for name in e if name in MODELS})
+    rows = [[escape(e["prompt"]), chip(e["verdict"]), *(f"{chip(e[m])} {marks[e[m] == e['verdict']]}" for m in names)]
             for e in examples]
-    return table(["prompt", "deserves", "A says", "B says"], rows)
+    return table(["prompt", "deserves", *(f"{name} says" for name in names)], rows)
 
-# %% ../../nbs/eval/report.ipynb #e6f47ef0
+# %% ../../nbs/eval/report.ipynb #41989350
+def sentences(
+    comparisons: list[dict],  # from scores.json
+) -> HTML:
+    "What each comparison decides, a paragraph each."
+    return HTML("".join(f"<p>{escape(each['sentence'])}</p>" for each in comparisons))
+
+def lines(
+    rows: list[dict],  # all with the same keys
+) -> HTML:
+    "The rows as a table."
+    return table(list(rows[0]), [[escape(str(value)) for value in row.values()] for row in rows]) if rows else HTML("")
+
+# %% ../../nbs/eval/report.ipynb #21caea32
 def file_lines(
     parity: dict,  # parity.json
     folder: Path,  # the artifact of stage integrate
 ) -> HTML:
-    "The files of model B, and how well each agrees with the merged model."
+    "The models, and the files of the last one, each with what it was compared with."
     files = disk.read_manifest(folder)["files"]
-    whole = sum(f["size"] for name, f in files.items() if name.startswith("hf/"))
-    rows = [["hf/", size(whole), "the merged model itself"]]
+    rows = []
+    for name, merged in parity["merge"].items():
+        whole = sum(f["size"] for path, f in files.items() if path.startswith(f"{name}/"))
+        rows.append([f"{name}/", size(whole), f"model {name}, burned in: {merged['merge_error']:.1g} off in a logit of {merged['largest_logit']:.0f}"])
     for each in parity["files"]:
         same = "the same tokens" if each["identical"] else f"KL divergence {each['kl']:.2g} nats a token"
         rows.append([each["file"], size(files[each["file"]]["size"]), f"{same}, {each['tokens']} tried in llama.cpp"])
-    return table(["file", "size", "compared with the merged model"], rows, right=(1,))
+    return table(["file", "size", "compared with the model that was trained, or burned in"], rows, right=(1,))

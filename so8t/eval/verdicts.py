@@ -8,13 +8,14 @@ __all__ = ['KEPT', 'Judge', 'SCORES', 'RATES', 'LABELS', 'held_out', 'probabilit
            'allowed', 'stopped', 'harmless_pair', 'grave', 'compare', 'points', 'sentence', 'by_language', 'by_model',
            'compared', 'scores', 'shown', 'score_table', 'forest_rows', 'changed', 'save']
 
-# %% ../../nbs/eval/verdicts.ipynb #8e2d3317
+# %% ../../nbs/eval/verdicts.ipynb #cde16b04
 import hashlib
 import math
 import random
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -275,14 +276,15 @@ def scores(
     answers: list[dict],  # of all models
     **how,  # resamples, confidence, seed
 ) -> dict:
-    "All that can be said of these answers in numbers."
+    "All that can be said of these answers in numbers; the first comparison is that of the first model with the last."
     models = by_model(answers)
     found = {name: scores_of(mine, **how) | {"languages": {
         lang: scores_of(part, **how) for lang, part in by_language(mine).items()}} for name, mine in models.items()}
     deserved = Counter(answer["verdict"] for answer in next(iter(models.values())))
     first, *others = models.values()
+    pairs = [(first, other) for other in reversed(others)] + list(pairwise(others))
     return {"settings": how, "deserved": {str(v): deserved[v] for v in Verdict}, "models": found,
-            "comparisons": [compared(first, other, **how) for other in others]}
+            "comparisons": [compared(*pair, **how) for pair in pairs]}
 
 # %% ../../nbs/eval/verdicts.ipynb #5143ba47
 def shown(
