@@ -238,3 +238,49 @@ def test_a_finished_run_imports_neither_torch_nor_papermill(garden):
         [psutil.sys.executable, "-c", code], cwd=garden.root, env=garden.env, capture_output=True, text=True
     )
     assert "nothing has changed" in said.stdout and said.stdout.rstrip().endswith("[]"), said.stderr
+
+
+TRAIN = """import time
+from so8t.train import units
+from so8t.train.checkpoint import Checkpointer, rng_state, set_rng_state
+
+class Counting:
+    done, total, changing = 0, 400, False
+    def unit(self):
+        time.sleep(0.02)
+        self.done += 1
+        stage.progress(self.done, self.total)
+        return {"step": self.done}
+    def state(self):
+        return {"done": self.done}
+    def load(self, state):
+        self.done = state["done"]
+
+work = Counting()
+units.run(work, Checkpointer(stage.checkpoints, stage.identity(), every=600), stage.metrics)"""
+
+
+def test_a_checkpoint_is_made_when_asked_for_and_can_be_resumed_from(garden):
+    write_notebook(garden.root, "grow", ["seed"], ["custom.grow"], TRAIN, GROWN)
+    assert "in no training" in garden.so8t("run", "--until", "seed").stderr + garden.so8t("checkpoint").stderr
+    runner = garden.start("run")
+    progress = wait_for(lambda: next(garden.runs.glob("*/progress.json"), None))
+    wait_for(lambda: json.loads(progress.read_text())["done"] > 20)
+    asked = garden.so8t("checkpoint")
+    assert asked.returncode == 0 and asked.stdout.strip().endswith("-rolling"), asked.stderr
+    rolling = asked.stdout.strip().rpartition("/")[2]
+    busy = garden.so8t("run", "--resume-from", f"grow/{rolling}")
+    assert "already" in busy.stdout + busy.stderr or "is being executed" in busy.stdout + busy.stderr
+    os.kill(runner.pid, signal.SIGINT)
+    assert runner.wait(60) == 75
+    folder = progress.parent / "checkpoints" / "grow"
+    emergency, = (c.name for c in folder.glob("*-emergency"))
+    assert "damaged" not in garden.so8t("verify").stdout.replace("0 damaged", "")
+    wrong = garden.so8t("run", "--resume-from", "grow/7")
+    assert wrong.returncode == 2 and f"grow/{rolling}" in wrong.stderr
+    done = garden.so8t("run", "--resume-from", f"grow/{rolling}")
+    assert done.returncode == 0 and f"grow goes on from {rolling}; set aside: {emergency}" in done.stdout, done.stderr
+    steps = [json.loads(line)["step"] for line in (progress.parent / "metrics" / "grow.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 401))
+    resumed = (progress.parent / "metrics" / "grow.resumed.jsonl").read_text()
+    assert json.loads(resumed.splitlines()[-1])["step"] == int(rolling.split("-")[0])

@@ -102,6 +102,7 @@ class Checkpointer:
         self.folder, self.identity, self.every, self.keep = folder, identity, every, max(2, keep)
         self.stall, self.say, self.buffers, self.thread = stall, say, {}, None
         self.saved, self.resumed = time.monotonic(), None
+        disk.make_folder(folder)
         self.statistics = {"saves": 0, "bytes": 0, "stalled_seconds": 0.0, "longest_stall": 0.0, "failures": 0}
 
     def due(self) -> bool:

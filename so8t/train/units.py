@@ -39,14 +39,22 @@ class Trainable(Protocol):
     def shrink(self) -> bool:
         "Halve what is in memory at once, with the same result of a unit; False where it cannot be less."
 
-# %% ../../nbs/train/units.ipynb #51e58a42
+# %% ../../nbs/train/units.ipynb #bced9527
 @contextmanager
-def stop_requests():
-    "Yields a list; while inside, a signal adds its number to it instead of interrupting."
+def stop_requests(
+    interruptible=lambda: False,  # asked when a signal comes: whether what is being done may be broken off
+):
+    "Yields a list; while inside, a signal adds its number to it, and interrupts only what is interruptible."
     asked = []
+
+    def handle(number, _):
+        asked.append(number)
+        if interruptible():
+            raise KeyboardInterrupt("asked to stop in the middle of a unit; saved as it was before")
+
     names = [n for n in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, n)]
     here = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(getattr(signal, n), lambda number, _: asked.append(number)) for n in names if here}
+    before = {n: signal.signal(getattr(signal, n), handle) for n in names if here}
     try:
         yield asked
     finally:
@@ -163,13 +171,16 @@ def run(
     "Do all units that are left, from the newest good checkpoint; raises KeyboardInterrupt when asked to stop."
     if not resume(work, checkpointer, metrics):
         return
-    rows = []
-    with stop_requests() as asked:
+    rows, begun = [], None
+    with stop_requests(lambda: begun == work.done and not work.changing) as asked:
         while work.done < work.total and not asked:
             with rescued(work, lambda rows=rows: save(work, checkpointer, metrics, rows, "emergency")):
-                rows.append(attempt(work))
-                progress(work.done, work.total, note(rows[-1]))
-                watch(rows[-1])
+                begun = work.done
+                row = attempt(work)
+                begun = None
+                rows.append(row)
+                progress(work.done, work.total, note(row))
+                watch(row)
                 if checkpointer.due() and work.done < work.total:
                     rows = save(work, checkpointer, metrics, rows, "rolling")
         kind = "emergency" if work.done < work.total else "final"
