@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from ..data.verdict import Verdict
 from ..flow.problem import Problem
 from . import quad
-from .judge import encode, question
+from .judge import encode, end_mark, question
 from .quad import Malformed, Quad
 
 # %% ../../nbs/model/verdict.ipynb #b7f147f5
@@ -164,7 +164,7 @@ def greedy(
 ) -> GenerationConfig:
     "The likeliest token each time, up to an end mark of the tokenizer or of the model."
     named = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    ends = {tokenizer.eos_token_id, end_mark(tokenizer), *(named if isinstance(named, list) else [named])} - {None}
     return GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, min_new_tokens=0,
                             repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=sorted(ends),
                             pad_token_id=min(ends), use_cache=True)

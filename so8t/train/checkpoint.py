@@ -116,7 +116,7 @@ class Checkpointer:
         kind: str = "rolling",  # rolling, emergency or final
     ) -> Path:
         "Publish a checkpoint, then drop the oldest beyond `keep`; its folder. A rolling one is written beside training."
-        begun, tensors = time.monotonic(), {}
+        begun, tensors, fresh = time.monotonic(), {}, not self.buffers
         self.wait()
         shape = split(state, tensors, self.buffers)
         self.buffers, place = tensors, self.folder / f"{step:08d}-{kind}"
@@ -127,7 +127,7 @@ class Checkpointer:
             self.persist(place, step, kind, shape)
         self.saved = time.monotonic()
         if kind == "rolling":
-            self.count(self.saved - begun)
+            self.count(self.saved - begun, fresh)
         return place
 
     def wait(self):
@@ -136,11 +136,11 @@ class Checkpointer:
             self.thread.join()
             self.thread = None
 
-    def count(self, stalled: float):
-        "Keep the books, and lengthen the interval where standing still costs too much."
+    def count(self, stalled: float, fresh: bool = False):
+        "Keep the books, and lengthen the interval where standing still costs too much; fresh buffers cost only once."
         self.statistics["stalled_seconds"] += stalled
         self.statistics["longest_stall"] = max(stalled, self.statistics["longest_stall"])
-        if self.every and stalled > self.stall * self.every:
+        if not fresh and stalled > self.stall * self.every > 0:
             self.every = stalled / self.stall
             self.say(f"a checkpoint stops training for {stalled:.2f} s: from now on one every {self.every:.0f} s")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PER_ROUND', 'masked_mean', 'whiten', 'advantages', 'policy_loss', 'value_loss', 'adapted_weight', 'rows_of',
-           'questions', 'upto_end', 'judged', 'Ppo', 'joined', 'rounds', 'describe']
+           'upto_end', 'judged', 'Ppo', 'joined', 'rounds', 'describe']
 
 # %% ../../nbs/train/ppo.ipynb #7ece81f3
 import random
@@ -16,9 +16,10 @@ from torch.nn.functional import pad as pad_tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..flow.config import Ppo as Settings
-from ..model import adapter, quad
+from ..model import adapter
 from ..model.device import fast_bfloat16
-from ..model.judge import encode, question
+from ..model.judge import end_mark
+from ..model.verdict import questions
 from . import reward
 from .checkpoint import rng_state, seed_everything, set_rng_state
 
@@ -104,18 +105,6 @@ def rows_of(
         chosen.append(random.Random(f"{seed} {epoch}").sample(range(count), count)[at])
     return chosen
 
-def questions(
-    tokenizer,
-    rows: list[dict],  # prompt
-    longest: int,  # tokens; a longer question loses its middle
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "Token ids and mask, [rows, longest] int64, padded on the left."
-    asked = [encode(tokenizer, question(tokenizer, row["prompt"], quad.INSTRUCTION)) for row in rows]
-    asked = [a if len(a) <= longest else a[: longest // 2] + a[len(a) - (longest - longest // 2) :] for a in asked]
-    width = max(map(len, asked))
-    ids = torch.tensor([[0] * (width - len(a)) + a for a in asked])
-    return ids, torch.tensor([[0] * (width - len(a)) + [1] * len(a) for a in asked])
-
 def upto_end(
     answers: torch.Tensor,  # [answers, tokens] int64
     end: int,  # the token that ends an answer
@@ -166,6 +155,7 @@ class Ppo:
         self.model = adapter.load(adapter.load_base(base, dtype, quantization, device), start, trainable=True)
         adapter.add_reference(self.model, start)
         self.model.eval()
+        self.end, self.model.generation_config = end_mark(self.tokenizer), GenerationConfig()
         self.value_head = nn.Linear(self.model.config.hidden_size, 1, device=device)
         nn.init.zeros_(self.value_head.weight), nn.init.zeros_(self.value_head.bias)
         self.trained = adapter.trained(self.model)
@@ -207,8 +197,8 @@ class Ppo:
     @torch.no_grad()
     def sample(self, rows: list[dict]) -> tuple[dict, list[dict]]:
         "Answers to the rows, with what policy, reference and value head think of them, and their scores."
-        settings, end = self.settings, self.tokenizer.eos_token_id
-        asked, asked_mask = (t.to(self.device) for t in questions(self.tokenizer, rows, settings.max_tokens))
+        settings, end = self.settings, self.end
+        asked, asked_mask = (t.to(self.device) for t in questions(self.tokenizer, [row["prompt"] for row in rows], settings.max_tokens))
         how = GenerationConfig(do_sample=True, temperature=settings.temperature, top_k=0, top_p=1.0, eos_token_id=end,
                                max_new_tokens=settings.max_new_tokens, pad_token_id=end, use_cache=True)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
@@ -225,7 +215,7 @@ class Ppo:
 
     def case(self, row: dict, answer: list[int], size: int) -> reward.Case:
         "An answer as it is scored."
-        ended = answer[size - 1] == self.tokenizer.eos_token_id
+        ended = answer[size - 1] == self.end
         text = self.tokenizer.decode(answer[: size - ended])
         return reward.Case(row, text, size, self.settings.max_new_tokens, ended)
 

@@ -19,7 +19,7 @@ from ..flow import disk
 from ..flow.config import Sft
 from ..model import adapter, gate, quad
 from ..model.device import fast_bfloat16
-from ..model.judge import encode, pad, question
+from ..model.judge import encode, end_mark, pad, question
 from .checkpoint import rng_state, seed_everything, set_rng_state
 
 logging.disable_progress_bar()
@@ -46,7 +46,7 @@ def example(
     longest: int,  # tokens; a longer question is cut in its middle
 ) -> tuple[list[int], int]:
     "Token ids of question and answer, and how many of them are the answer."
-    whole = encode(tokenizer, asked + answer + tokenizer.eos_token)
+    whole = [*encode(tokenizer, asked + answer), end_mark(tokenizer)]
     size = len(whole) - len(encode(tokenizer, asked))
     spare = min(max(0, len(whole) - longest), len(whole) - size - 8)
     middle = (len(whole) - size) // 2
