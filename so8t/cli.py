@@ -35,7 +35,7 @@ from .ops import doctor as checks
 # %% ../nbs/cli.ipynb #438b401d
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})
-console = Console()
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 @app.callback()
 def options(
@@ -155,6 +155,10 @@ def note_drift(
     said = runner.drift(scene.config, today.config) if scene.run and scene.config.name == today.config.name else ""
     if said:
         say(f"{scene.run.id} goes on with the configuration that it froze; today's differs ({said}): --new takes today's")
+    changed = session.code_changed(scene.run, session.workspace_code(configs.workspace())) if scene.run else []
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        say(f"{scene.run.id} goes on with the code that it froze; changed since: {', '.join(changed[:3])}{more}: --new takes today's")
 
 def start_at(
     run: session.Run,
@@ -327,7 +331,10 @@ def list_runs(
     """List the runs of this workspace, the oldest first."""
     workspace, rows = configs.workspace(), []
     for found in session.runs(workspace):
-        seen = plan.view(scene_for(workspace, found))
+        try:
+            seen = plan.view(scene_for(workspace, found))
+        except Problem as problem:
+            seen = {"id": found.id, "pipeline": "", "status": f"unreadable: {problem}", "stages": [], "updated": None}
         done = sum(s["status"] == "finished" for s in seen["stages"])
         rows.append({"id": seen["id"], "pipeline": seen["pipeline"], "status": seen["status"], "finished": done,
                      "stages": len(seen["stages"]), "updated": seen["updated"], "path": str(found.dir)})
@@ -335,7 +342,7 @@ def list_runs(
         return say(json.dumps(rows, ensure_ascii=False))
     table = Table("run", "status", "stages", "last heard", box=box.SIMPLE)
     for row in rows:
-        table.add_row(row["id"], coloured(row["status"]), f"{row['finished']} of {row['stages']}", f"{ago(row['updated'])} ago")
+        table.add_row(row["id"], coloured(row["status"]), f"{row['finished']} of {row['stages']}", f"{ago(row['updated'])} ago" if row["updated"] else "")
     console.print(table if rows else f"no run in {workspace.runs} yet: so8t run")
 
 # %% ../nbs/cli.ipynb #db469a4c

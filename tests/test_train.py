@@ -45,7 +45,7 @@ if kind == "ppo":
     adapter.save(work.model, base / "start")
     settings = Ppo(iterations=4, rollouts=4, chunk=2, minibatch=2, micro_batch=1, epochs=1, max_new_tokens=24,
                    learning_rate=1e-3)
-    work = ppo.Ppo(base, base / "start", rows, settings, "cpu", 0, quantization="nf4")
+    work = ppo.Ppo(ppo.Policy(base, base / "start", settings, "cpu", quantization="nf4"), rows, 0)
 saver = Checkpointer(folder / "checkpoints", {{"base": "tiny"}}, every=0.1, keep=3, stall=0.9)
 units.run(work, saver, folder / "metrics.jsonl", lambda done, total, note: print(done, flush=True))
 adapter.save(work.model, folder / "adapter")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HALVES', 'clock', 'size', 'percent', 'chip', 'table', 'tile', 'gain', 'rate', 'answer', 'attempts', 'run_tiles',
-           'stage_lines', 'source_lines', 'halves', 'resumed', 'example_lines', 'sentences', 'lines', 'file_lines']
+           'stage_lines', 'source_lines', 'halves', 'resumed', 'example_lines', 'sentences', 'lines',
+           'calibration_lines', 'file_lines']
 
 # %% ../../nbs/eval/report.ipynb #e3d0dae9
 from datetime import datetime
@@ -203,6 +204,15 @@ def lines(
 ) -> HTML:
     "The rows as a table."
     return table(list(rows[0]), [[escape(str(value)) for value in row.values()] for row in rows]) if rows else HTML("")
+
+
+def calibration_lines(
+    calibrations: list[dict],  # from scores.json
+) -> HTML:
+    "A line for each model."
+    rows = [[c["model"], f"{c['temperature']:.2f}", percent(c["ece_before"]), percent(c["ece_after"]), percent(c["share_sure"])]
+            for c in calibrations]
+    return table(["model", "temperature", "calibration error", "with temperature", "sure"], rows, right=(1, 2, 3, 4))
 
 # %% ../../nbs/eval/report.ipynb #21caea32
 def file_lines(

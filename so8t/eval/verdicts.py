@@ -6,7 +6,7 @@
 __all__ = ['KEPT', 'Judge', 'SCORES', 'RATES', 'LABELS', 'held_out', 'probabilities', 'answer', 'batches', 'judge_rows',
            'hf_judge', 'judge_models', 'tables_of', 'over_refusal', 'under_refusal', 'scores_of', 'matched', 'right',
            'allowed', 'stopped', 'harmless_pair', 'grave', 'compare', 'points', 'sentence', 'by_language', 'by_model',
-           'compared', 'scores', 'shown', 'score_table', 'forest_rows', 'changed', 'save']
+           'compared', 'scores', 'shown', 'score_table', 'forest_rows', 'calibrations', 'changed', 'save']
 
 # %% ../../nbs/eval/verdicts.ipynb #cde16b04
 import hashlib
@@ -18,6 +18,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as chatter
@@ -26,7 +27,7 @@ from ..data.verdict import Verdict
 from . import stats
 from ..flow import disk
 from ..flow.problem import Problem
-from ..model import judge
+from ..model import judge, verdict
 
 chatter.disable_progress_bar()
 
@@ -317,6 +318,22 @@ def forest_rows(
     rows = [{"label": label, **comparison[name]} for name, label in LABELS.items() if name in comparison]
     langs = [{"label": f"accuracy, {lang}", **part["accuracy"]} for lang, part in comparison["languages"].items()]
     return rows[:1] + langs + rows[1:]
+
+# %% ../../nbs/eval/verdicts.ipynb #2ed58bc0
+def calibrations(
+    answers: list[dict],  # of all models
+    threshold: float,  # least probability of an ALLOW
+    sure: float,  # least probability of a verdict that needs no thinking
+) -> list[dict]:
+    "A line for each model: temperature, calibration error before and after, share of the verdicts that are sure."
+    lines = []
+    for name, mine in by_model(answers).items():
+        shares = np.array([[a["probabilities"][v] for v in Verdict] for a in mine])
+        logs = np.log(np.maximum(shares, 1e-12))
+        found = verdict.calibrate(logs, [a["verdict"] for a in mine], threshold, sure)
+        certain = verdict.calibrated(logs, found.temperature).max(1) >= sure
+        lines.append({"model": name, **found.to_json(), "share_sure": float(certain.mean())})
+    return lines
 
 # %% ../../nbs/eval/verdicts.ipynb #88122ea1
 def changed(

@@ -46,9 +46,11 @@ def declared(
         values = {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body}
     except (SyntaxError, ValueError, AttributeError):
         raise Problem(f"{notebook}: the `stage` cell may hold nothing but lists: reads = [...], uses = [...]") from None
-    strange = [k for k, v in values.items() if k not in DECLARES or not isinstance(v, list)]
-    if strange:
-        raise Problem(f"{notebook}: the `stage` cell knows the lists reads, uses and files, not {strange[0]}")
+    for name, value in values.items():
+        if name not in DECLARES:
+            raise Problem(f"{notebook}: the `stage` cell knows the lists reads, uses and files, not {name}")
+        if not isinstance(value, list):
+            raise Problem(f"{notebook}: {name} in the `stage` cell must be a list, such as [\"base\"], not {value!r}")
     return {name: values.get(name, []) for name in DECLARES}
 
 # %% ../../nbs/flow/fingerprint.ipynb #32f6bee8

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PER_ROUND', 'masked_mean', 'whiten', 'advantages', 'policy_loss', 'value_loss', 'adapted_weight', 'rows_of',
-           'upto_end', 'judged', 'Ppo', 'joined', 'rounds', 'describe']
+           'upto_end', 'judged', 'Policy', 'case_of', 'sample', 'joined', 'learned', 'backward', 'Ppo', 'roll_out',
+           'update', 'rounds', 'describe']
 
-# %% ../../nbs/train/ppo.ipynb #7ece81f3
+# %% ../../nbs/train/ppo.ipynb #7d3dfb44
 import random
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -134,23 +136,20 @@ def judged(
     grid = torch.zeros(mask.shape, device=ids.device)
     return tuple(grid.masked_scatter(mask, flat[name]) for name in ("logs", "values", "entropy"))
 
-# %% ../../nbs/train/ppo.ipynb #57b0b545
-class Ppo:
-    "A Trainable: the adapter of an SFT model, moved by rewards."
+# %% ../../nbs/train/ppo.ipynb #78b73330
+class Policy:
+    "What answers, and what is learned."
 
     def __init__(
         self,
         base: Path,  # model A, an HF folder
         start: Path,  # the adapter to start from
-        rows: list[dict],  # lang, prompt, verdict; answer, where it is known
         settings: Settings,  # the section training.ppo
         device: str,  # cpu or cuda
-        seed: int,
         dtype: str = "float32",  # of the base's weights
         quantization: str = "none",  # of the base's weights: none or nf4
     ):
-        seed_everything(seed)
-        self.rows, self.settings, self.device, self.seed = rows, settings, device, seed
+        self.settings, self.device, self.autocast = settings, device, fast_bfloat16(device)
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.model = adapter.load(adapter.load_base(base, dtype, quantization, device), start, trainable=True)
         adapter.add_reference(self.model, start)
@@ -158,148 +157,49 @@ class Ppo:
         self.end, self.model.generation_config = end_mark(self.tokenizer), GenerationConfig()
         self.value_head = nn.Linear(self.model.config.hidden_size, 1, device=device)
         nn.init.zeros_(self.value_head.weight), nn.init.zeros_(self.value_head.bias)
-        self.trained = adapter.trained(self.model)
-        self.optimizer = torch.optim.AdamW([
-            {"params": list(self.trained.values()), "lr": settings.learning_rate},
-            {"params": list(self.value_head.parameters()), "lr": settings.value_rate}], weight_decay=0.0)
-        self.autocast = fast_bfloat16(device)
-        self.chunks, self.updates = settings.rollouts // settings.chunk, settings.rollouts // settings.minibatch
-        self.round = self.chunks + settings.epochs * self.updates  # units
-        self.done, self.total = 0, settings.iterations * self.round
-        self.changing, self.stopped, self.kl_weight = False, False, settings.kl_weight
-        self.micro_batch, self.sampled, self.buffer, self.batch = settings.micro_batch, settings.chunk, [], {}
+        self.trained, self.micro_batch = adapter.trained(self.model), settings.micro_batch
 
-    def unit(self) -> dict:
-        "A chunk of rollouts, or a minibatch."
-        iteration, place = divmod(self.done, self.round)
-        row = {"step": self.done + 1, "iteration": iteration + 1}
-        if place < self.chunks:
-            return row | self.roll_out(iteration, place)
-        return row | self.update(iteration, *divmod(place - self.chunks, self.updates))
-
-    def roll_out(self, iteration: int, chunk: int) -> dict:
-        "Sample, judge and score a chunk of answers; in the last one, what is learned from all."
-        size = self.settings.chunk
-        chosen = rows_of(len(self.rows), iteration, self.settings.rollouts, self.seed)[chunk * size : (chunk + 1) * size]
-        pieces = [chosen[i : i + self.sampled] for i in range(0, size, self.sampled)]
-        found = [self.sample([self.rows[i] for i in piece]) for piece in pieces]
-        scores = [score for _, scored in found for score in scored]
-        buffer = [] if chunk == 0 else self.buffer
-        buffer = [*buffer, *(rolled for rolled, _ in found)]
-        metrics = {"phase": "rollout", **{name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}}
-        batch, extra = self.learned(buffer) if chunk == self.chunks - 1 else ({}, {})
-        self.changing = True
-        self.buffer, self.batch, self.stopped = ([], batch, False) if batch else (buffer, {}, False)
-        self.kl_weight = extra.get("next_kl_weight", self.kl_weight)
-        self.done, self.changing = self.done + 1, False
-        return metrics | extra
-
-    @torch.no_grad()
-    def sample(self, rows: list[dict]) -> tuple[dict, list[dict]]:
-        "Answers to the rows, with what policy, reference and value head think of them, and their scores."
-        settings, end = self.settings, self.end
-        asked, asked_mask = (t.to(self.device) for t in questions(self.tokenizer, [row["prompt"] for row in rows], settings.max_tokens))
-        how = GenerationConfig(do_sample=True, temperature=settings.temperature, top_k=0, top_p=1.0, eos_token_id=end,
-                               max_new_tokens=settings.max_new_tokens, pad_token_id=end, use_cache=True)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-            told = self.model.generate(input_ids=asked, attention_mask=asked_mask, generation_config=how)
-        answer = told[:, asked.shape[1] :]
-        rolled = {"question": asked, "question_mask": asked_mask, "answer": answer, "mask": upto_end(answer, end)}
-        logs, values, _ = self.judged(rolled)
-        with adapter.as_reference(self.model):
-            reference, _, _ = self.judged(rolled)
-        scores = [reward.score(self.case(row, *line), settings.rewards)
-                  for row, *line in zip(rows, answer.tolist(), rolled["mask"].sum(1).tolist(), strict=True)]
-        worth = torch.tensor([score["reward"] for score in scores], device=self.device)
-        return rolled | {"logs": logs, "reference": reference, "values": values, "worth": worth}, scores
-
-    def case(self, row: dict, answer: list[int], size: int) -> reward.Case:
-        "An answer as it is scored."
-        ended = answer[size - 1] == self.end
-        text = self.tokenizer.decode(answer[: size - ended])
-        return reward.Case(row, text, size, self.settings.max_new_tokens, ended)
-
-    def judged(self, batch: dict):
+    def judged(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "See `judged`, in micro-batches."
-        parts = [{k: v[i : i + self.micro_batch] for k, v in batch.items()} for i in range(0, len(batch["mask"]), self.micro_batch)]
+        starts = range(0, len(batch["mask"]), self.micro_batch)
+        parts = [{name: values[i : i + self.micro_batch] for name, values in batch.items()} for i in starts]
         found = [judged(self.model, self.value_head, part, self.settings.temperature, self.autocast) for part in parts]
         return tuple(torch.cat(each) for each in zip(*found, strict=True))
 
-    def learned(self, buffer: list[dict]) -> tuple[dict, dict]:
-        "All rollouts of a round with advantages and returns, and what is to be said of them."
-        batch, settings = joined(buffer), self.settings
-        mask = batch["mask"]
-        divergence = (batch["logs"] - batch["reference"]) * mask
-        rewards = -self.kl_weight * divergence
-        rewards[torch.arange(len(mask)), mask.sum(1) - 1] += batch["worth"]
-        advantage, returns = advantages(rewards, batch["values"], mask, settings.discount, settings.gae_lambda)
-        spread = masked_mean((returns - masked_mean(returns, mask)).pow(2), mask)
-        missed = masked_mean((returns - batch["values"]).pow(2), mask)
-        kl = divergence.sum(1).mean().item()
-        said = {"kl": kl, "kl_weight": self.kl_weight, "next_kl_weight": adapted_weight(self.kl_weight, kl, settings),
-                "returns": masked_mean(returns, mask).item(), "explained_variance": (1 - missed / (spread + 1e-8)).item(),
-                "tokens": mask.sum().item()}
-        return batch | {"advantage": whiten(advantage, mask), "returns": returns}, said
+# %% ../../nbs/train/ppo.ipynb #9144b88b
+def case_of(
+    policy: Policy,
+    row: dict,
+    answer: list[int],  # token ids
+    size: int,  # of which so many were written
+) -> reward.Case:
+    "An answer as it is scored."
+    ended = answer[size - 1] == policy.end
+    text = policy.tokenizer.decode(answer[: size - ended])
+    return reward.Case(row, text, size, policy.settings.max_new_tokens, ended)
 
-    def update(self, iteration: int, epoch: int, number: int) -> dict:
-        "One optimizer step on a minibatch; nothing where the round was ended early."
-        if self.stopped:
-            self.done += 1
-            return {"phase": "skipped"}
-        size = self.settings.minibatch
-        order = random.Random(f"{self.seed} {iteration} {epoch}").sample(range(self.settings.rollouts), self.settings.rollouts)
-        chosen = order[number * size : (number + 1) * size]
-        self.optimizer.zero_grad()
-        tokens = self.batch["mask"][chosen].sum()
-        sums = {}
-        for i in range(0, size, self.micro_batch):
-            part = {name: values[chosen[i : i + self.micro_batch]] for name, values in self.batch.items()}
-            for name, value in self.backward(part, tokens).items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
-        stop = sums["approx_kl"] > self.settings.stop_kl
-        self.changing = True
-        if not stop:
-            self.optimizer.step()
-        self.done, self.stopped, self.changing = self.done + 1, stop, False
-        return {"phase": "stopped" if stop else "update", **sums, "gradient_norm": norm, "micro_batch": self.micro_batch}
-
-    def backward(self, part: dict, tokens: torch.Tensor) -> dict:
-        "Add the gradients of a micro-batch; its share of the minibatch's means over tokens."
-        settings, mask = self.settings, part["mask"]
-        logs, values, entropy = judged(self.model, self.value_head, part, settings.temperature, self.autocast)
-        policy, sums = policy_loss(logs, part["logs"], part["advantage"], mask, settings.clip)
-        value = value_loss(values, part["values"], part["returns"], mask, settings.value_clip)
-        disorder = (entropy * mask).sum()
-        loss = policy + settings.value_weight * value - settings.entropy_weight * disorder
-        (loss / tokens).backward()
-        sums |= {"loss": loss, "policy_loss": policy, "value_loss": value, "entropy": disorder}
-        return {name: total.detach() / tokens for name, total in sums.items()}
-
-    def state(self) -> dict:
-        "All that the future depends on, the rollouts of this round included."
-        return {"done": self.done, "stopped": self.stopped, "kl_weight": self.kl_weight, "micro_batch": self.micro_batch,
-                "sampled": self.sampled, "trained": self.trained, "value_head": self.value_head.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "buffer": self.buffer, "batch": self.batch, "rng": rng_state()}
-
-    def load(self, state: dict):
-        "Put a state back."
-        adapter.put_back(self.model, state["trained"])
-        self.value_head.load_state_dict(state["value_head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.stopped, self.kl_weight = state["done"], state["stopped"], state["kl_weight"]
-        self.micro_batch, self.sampled = (min(a, b) for a, b in (
-            (self.micro_batch, state["micro_batch"]), (self.sampled, state["sampled"])))
-        self.buffer = [{name: t.to(self.device) for name, t in rolled.items()} for rolled in state["buffer"]]
-        self.batch = {name: t.to(self.device) for name, t in state["batch"].items()}
-        set_rng_state(state["rng"])
-
-    def shrink(self) -> bool:
-        "Half the answers in memory at once; False where it is one already."
-        self.optimizer.zero_grad()
-        small = self.micro_batch == self.sampled == 1
-        self.micro_batch, self.sampled = max(1, self.micro_batch // 2), max(1, self.sampled // 2)
-        return not small
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    rows: list[dict],  # lang, prompt, verdict; answer, where it is known
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    "Answers to the rows, with what policy, reference and value head think of them, and the parts of their rewards."
+    settings = policy.settings
+    asked, asked_mask = (t.to(policy.device) for t in questions(policy.tokenizer, [row["prompt"] for row in rows], settings.max_tokens))
+    how = GenerationConfig(do_sample=True, temperature=settings.temperature, top_k=0, top_p=1.0, eos_token_id=policy.end,
+                           max_new_tokens=settings.max_new_tokens, pad_token_id=policy.end, use_cache=True)
+    with torch.autocast(policy.device, torch.bfloat16, enabled=policy.autocast):
+        told = policy.model.generate(input_ids=asked, attention_mask=asked_mask, generation_config=how)
+    answer = told[:, asked.shape[1] :]
+    rolled = {"question": asked, "question_mask": asked_mask, "answer": answer, "mask": upto_end(answer, policy.end)}
+    logs, values, _ = policy.judged(rolled)
+    with adapter.as_reference(policy.model):
+        reference, _, _ = policy.judged(rolled)
+    sizes = rolled["mask"].sum(1).tolist()
+    cases = [case_of(policy, *each) for each in zip(rows, answer.tolist(), sizes, strict=True)]
+    scores = [reward.score(case, settings.rewards) for case in cases]
+    worth = torch.tensor([score["reward"] for score in scores], device=policy.device)
+    return rolled | {"logs": logs, "reference": reference, "values": values, "worth": worth}, scores
 
 # %% ../../nbs/train/ppo.ipynb #9dda173e
 def joined(
@@ -316,6 +216,147 @@ def joined(
                 values = pad_tensor(values, (room, 0) if left else (0, room))
             parts[name].append(values)
     return {name: torch.cat(values) for name, values in parts.items()}
+
+# %% ../../nbs/train/ppo.ipynb #39f07944
+def learned(
+    batch: dict[str, torch.Tensor],  # all rollouts of a round
+    kl_weight: float,  # of the divergence, today
+    settings: Settings,
+) -> tuple[dict[str, torch.Tensor], dict]:
+    "The rollouts with advantages and returns, and what is to be said of them."
+    mask, ends = batch["mask"], batch["mask"].sum(1) - 1
+    divergence = (batch["logs"] - batch["reference"]) * mask
+    rewards = -kl_weight * divergence
+    rewards[torch.arange(len(mask)), ends] += batch["worth"]
+    advantage, returns = advantages(rewards, batch["values"], mask, settings.discount, settings.gae_lambda)
+    spread = masked_mean((returns - masked_mean(returns, mask)).pow(2), mask)
+    missed = masked_mean((returns - batch["values"]).pow(2), mask)
+    kl = divergence.sum(1).mean().item()
+    said = {"kl": kl, "kl_weight": kl_weight, "next_kl_weight": adapted_weight(kl_weight, kl, settings),
+            "returns": masked_mean(returns, mask).item(), "explained_variance": (1 - missed / (spread + 1e-8)).item(),
+            "tokens": mask.sum().item()}
+    return batch | {"advantage": whiten(advantage, mask), "returns": returns}, said
+
+# %% ../../nbs/train/ppo.ipynb #ba1c96fb
+def backward(
+    policy: Policy,
+    part: dict[str, torch.Tensor],  # a micro-batch of rollouts, from `learned`
+    tokens: torch.Tensor,  # in the whole minibatch
+) -> dict[str, torch.Tensor]:
+    "Add the gradients of a micro-batch; its share of the minibatch's means over tokens."
+    settings, mask = policy.settings, part["mask"]
+    logs, values, entropy = judged(policy.model, policy.value_head, part, settings.temperature, policy.autocast)
+    surrogate, sums = policy_loss(logs, part["logs"], part["advantage"], mask, settings.clip)
+    value = value_loss(values, part["values"], part["returns"], mask, settings.value_clip)
+    disorder = (entropy * mask).sum()
+    loss = surrogate + settings.value_weight * value - settings.entropy_weight * disorder
+    (loss / tokens).backward()
+    sums |= {"loss": loss, "policy_loss": surrogate, "value_loss": value, "entropy": disorder}
+    return {name: total.detach() / tokens for name, total in sums.items()}
+
+# %% ../../nbs/train/ppo.ipynb #37872e12
+class Ppo:
+    "A Trainable: the adapter of an SFT model, moved by rewards."
+
+    def __init__(
+        self,
+        policy: Policy,
+        rows: list[dict],  # lang, prompt, verdict; answer, where it is known
+        seed: int,
+    ):
+        seed_everything(seed)
+        self.policy, self.rows, self.seed, self.settings = policy, rows, seed, policy.settings
+        self.model, self.trained = policy.model, policy.trained
+        self.optimizer = torch.optim.AdamW([
+            {"params": list(self.trained.values()), "lr": self.settings.learning_rate},
+            {"params": list(policy.value_head.parameters()), "lr": self.settings.value_rate}], weight_decay=0.0)
+        self.chunks, self.updates = (self.settings.rollouts // n for n in (self.settings.chunk, self.settings.minibatch))
+        self.round = self.chunks + self.settings.epochs * self.updates  # units
+        self.done, self.total = 0, self.settings.iterations * self.round
+        self.changing, self.stopped, self.kl_weight = False, False, self.settings.kl_weight
+        self.sampled, self.buffer, self.batch = self.settings.chunk, [], {}
+
+    def unit(self) -> dict:
+        "A chunk of rollouts, or a minibatch."
+        iteration, place = divmod(self.done, self.round)
+        row = {"step": self.done + 1, "iteration": iteration + 1}
+        if place < self.chunks:
+            return row | roll_out(self, iteration, place)
+        return row | update(self, iteration, *divmod(place - self.chunks, self.updates))
+
+    def state(self) -> dict:
+        "All that the future depends on, the rollouts of this round included."
+        return {"done": self.done, "stopped": self.stopped, "kl_weight": self.kl_weight, "sampled": self.sampled,
+                "micro_batch": self.policy.micro_batch, "trained": self.trained, "optimizer": self.optimizer.state_dict(),
+                "value_head": self.policy.value_head.state_dict(), "buffer": self.buffer, "batch": self.batch,
+                "rng": rng_state()}
+
+    def load(self, state: dict):
+        "Put a state back."
+        adapter.put_back(self.model, state["trained"])
+        self.policy.value_head.load_state_dict(state["value_head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.stopped, self.kl_weight = state["done"], state["stopped"], state["kl_weight"]
+        self.policy.micro_batch = min(self.policy.micro_batch, state["micro_batch"])
+        self.sampled = min(self.sampled, state["sampled"])
+        device = self.policy.device
+        self.buffer = [{name: t.to(device) for name, t in rolled.items()} for rolled in state["buffer"]]
+        self.batch = {name: t.to(device) for name, t in state["batch"].items()}
+        set_rng_state(state["rng"])
+
+    def shrink(self) -> bool:
+        "Half the answers in memory at once; False where it is one already."
+        self.optimizer.zero_grad()
+        small = self.policy.micro_batch == self.sampled == 1
+        self.policy.micro_batch, self.sampled = max(1, self.policy.micro_batch // 2), max(1, self.sampled // 2)
+        return not small
+
+# %% ../../nbs/train/ppo.ipynb #45d209c4
+def roll_out(
+    work: Ppo,
+    iteration: int,  # from 0
+    chunk: int,  # from 0
+) -> dict:
+    "Sample and score a chunk of answers; in a round's last one, prepare what is learned from all. Means for the metrics."
+    size, rows = work.settings.chunk, work.rows
+    chosen = rows_of(len(rows), iteration, work.settings.rollouts, work.seed)[chunk * size : (chunk + 1) * size]
+    found = [sample(work.policy, [rows[i] for i in chosen[at : at + work.sampled]]) for at in range(0, size, work.sampled)]
+    scores = [score for _, scored in found for score in scored]
+    buffer = ([] if chunk == 0 else work.buffer) + [rolled for rolled, _ in found]
+    last = chunk == work.chunks - 1
+    batch, said = learned(joined(buffer), work.kl_weight, work.settings) if last else ({}, {})
+    work.changing = True
+    work.buffer, work.batch, work.stopped = [] if last else buffer, batch, False
+    work.kl_weight = said.get("next_kl_weight", work.kl_weight)
+    work.done, work.changing = work.done + 1, False
+    return {"phase": "rollout", **{name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}, **said}
+
+def update(
+    work: Ppo,
+    iteration: int,  # from 0
+    epoch: int,  # from 0
+    number: int,  # of the minibatch, from 0
+) -> dict:
+    "One optimizer step on a minibatch; nothing where the round was ended early. Means over tokens for the metrics."
+    if work.stopped:
+        work.done += 1
+        return {"phase": "skipped"}
+    size, micro, count = work.settings.minibatch, work.policy.micro_batch, work.settings.rollouts
+    order = random.Random(f"{work.seed} {iteration} {epoch}").sample(range(count), count)
+    chosen = order[number * size : (number + 1) * size]
+    work.optimizer.zero_grad()
+    tokens, sums = work.batch["mask"][chosen].sum(), Counter()
+    for at in range(0, size, micro):
+        part = {name: values[chosen[at : at + micro]] for name, values in work.batch.items()}
+        for name, value in backward(work.policy, part, tokens).items():
+            sums[name] += value.item()
+    norm = nn.utils.clip_grad_norm_(work.trained.values(), 1.0).item()
+    stop = sums["approx_kl"] > work.settings.stop_kl
+    work.changing = True
+    if not stop:
+        work.optimizer.step()
+    work.done, work.stopped, work.changing = work.done + 1, stop, False
+    return {"phase": "stopped" if stop else "update", **sums, "gradient_norm": norm, "micro_batch": micro}
 
 # %% ../../nbs/train/ppo.ipynb #ba330dd3
 PER_ROUND = ("approx_kl", "clip_fraction", "entropy", "policy_loss", "value_loss")
@@ -343,5 +384,5 @@ def describe(
     settings = work.settings
     return {"prompts": len(work.rows), "answers": settings.iterations * settings.rollouts,
             "updates": settings.iterations * settings.epochs * work.updates,
-            "trainable parameters": sum(p.numel() for p in work.trained.values()), "device": work.device,
-            "products in": "bfloat16" if work.autocast else "float32"}
+            "trainable parameters": sum(p.numel() for p in work.trained.values()), "device": work.policy.device,
+            "products in": "bfloat16" if work.policy.autocast else "float32"}

@@ -57,10 +57,11 @@ def examples_of(
     rows: list[dict],  # prompt and verdict; thoughts and answer, where they have them
     sft: Sft,  # max_tokens, think
 ) -> list[tuple[list[int], int]]:
-    "All examples of the rows: bare verdicts, then quads."
+    "All examples of the rows: bare verdicts, then the quads of as many as `think` says."
     bare = [(question(tokenizer, row["prompt"]), row["verdict"]) for row in rows]
-    quads = [(row, quad.of_row(row)) for row in rows if sft.think]
-    thoughts = [(question(tokenizer, row["prompt"], quad.INSTRUCTION), quad.render(q)) for row, q in quads if q]
+    quads = [(row, q) for row in rows if (q := quad.of_row(row))]
+    chosen = random.Random(0).sample(quads, round(sft.think * len(quads)))
+    thoughts = [(question(tokenizer, row["prompt"], quad.INSTRUCTION), quad.render(q)) for row, q in chosen]
     return [example(tokenizer, asked, said, sft.max_tokens) for asked, said in bare + thoughts]
 
 def collate(
