@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'JsonOption', 'COLOURS', 'DAMAGED', 'options', 'main',
-           'config_path', 'the_run', 'say', 'run', 'note_drift', 'start_at', 'finished_run', 'closing_words',
+           'config_path', 'the_run', 'say', 'run', 'start_at', 'note_drift', 'finished_run', 'closing_words',
            'show_plan', 'scene_for', 'ago', 'duration', 'coloured', 'stage_table', 'checkpoint_table', 'status',
            'status_page', 'checkpoint', 'list_runs', 'verify', 'report_page', 'report', 'show_config', 'doctor']
 
@@ -145,6 +145,18 @@ def run(
     closing_words(scene, code)
     raise typer.Exit(code)
 
+# %% ../nbs/cli.ipynb #1e0d7b29
+def start_at(
+    run: session.Run,
+    checkpoint: str,  # stage/checkpoint, or a path
+):
+    "Make a run go on from a checkpoint, and say what was set aside; a Problem while the run is being executed."
+    if busy := session.holder(run):
+        raise Problem(f"{run.id} is being executed by process {busy['pid']}: stop it first (Ctrl-C saves)")
+    chosen = session.find_checkpoint(run, checkpoint)
+    aside = session.resume_from(run, chosen)
+    say(f"{chosen.parent.name} goes on from {chosen.name}" + (f"; set aside: {', '.join(aside)}" if aside else ""))
+
 # %% ../nbs/cli.ipynb #727b5660
 def note_drift(
     scene: plan.Scene,
@@ -159,17 +171,6 @@ def note_drift(
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         say(f"{scene.run.id} goes on with the code that it froze; changed since: {', '.join(changed[:3])}{more}: --new takes today's")
-
-def start_at(
-    run: session.Run,
-    checkpoint: str,  # stage/checkpoint, or a path
-):
-    "Make a run go on from a checkpoint, and say what was set aside; a Problem while the run is being executed."
-    if busy := session.holder(run):
-        raise Problem(f"{run.id} is being executed by process {busy['pid']}: stop it first (Ctrl-C saves)")
-    chosen = session.find_checkpoint(run, checkpoint)
-    aside = session.resume_from(run, chosen)
-    say(f"{chosen.parent.name} goes on from {chosen.name}" + (f"; set aside: {', '.join(aside)}" if aside else ""))
 
 def finished_run(
     scene: plan.Scene,

@@ -1,7 +1,5 @@
 "The search comes to its end, and to the same trials, however often it is killed; its mistakes are one line."
 
-import io
-import json
 import os
 import signal
 import subprocess
@@ -9,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+from conftest import WORDS
 
 from so8t.flow import disk
 from so8t.flow.config import Lora, Search, Sft, Span
@@ -20,7 +17,6 @@ from so8t.train import search, sft
 from so8t.train.checkpoint import Checkpointer
 
 torch.set_num_threads(1)
-WORDS = {"ALLOW": "boil an egg", "ESCALATION": "stop my tablets", "DENY": "copy a film", "REFUSE": "poison a well"}
 TRIALS, STEPS = 3, 12
 RATE = Span(key="learning_rate", low=1e-3, high=1e-1, log=True)
 OVER = [RATE, Span(key="lora.rank", choices=[2, 4])]
@@ -30,26 +26,6 @@ from pathlib import Path
 from test_search import tuned
 tuned(*map(Path, sys.argv[1:]), lambda done, total, note: print(done, flush=True))
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    "A Phi-3 with random weights, small enough to train in milliseconds."
-    folder, model = tmp_path_factory.mktemp("base"), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*WORDS.values(), *WORDS] * 20), model_writer=model, vocab_size=340, model_type="bpe",
-        byte_fallback=True, pad_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}assistant\n"
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    Phi3ForCausalLM(Phi3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, sliding_window=None)).save_pretrained(folder)
-    return folder
 
 
 def objective(base: Path, folder: Path, over: list[Span] = OVER, progress=lambda *_: None) -> search.Objective:

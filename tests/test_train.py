@@ -1,8 +1,6 @@
 "Training that cannot be lost: killed, asked to stop, damaged and mistaken for another, it ends with the same bytes."
 
 import hashlib
-import io
-import json
 import os
 import random
 import signal
@@ -12,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+from conftest import WORDS
 
 from so8t.flow import disk
 from so8t.flow.problem import Problem
@@ -23,7 +20,6 @@ from so8t.train.checkpoint import Checkpointer, latest, rng_state, set_rng_state
 
 torch.set_num_threads(1)
 STEPS = {"sft": 24, "ppo": 16}
-WORDS = {"ALLOW": "boil an egg", "ESCALATION": "stop my tablets", "DENY": "copy a film", "REFUSE": "poison a well"}
 CHILD = f"""
 import sys
 from pathlib import Path
@@ -50,26 +46,6 @@ saver = Checkpointer(folder / "checkpoints", {{"base": "tiny"}}, every=0.1, keep
 units.run(work, saver, folder / "metrics.jsonl", lambda done, total, note: print(done, flush=True))
 adapter.save(work.model, folder / "adapter")
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    "A Phi-3 with random weights, small enough to train in milliseconds."
-    folder, model = tmp_path_factory.mktemp("base"), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*WORDS.values(), *WORDS] * 20), model_writer=model, vocab_size=340, model_type="bpe",
-        byte_fallback=True, pad_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}assistant\n"
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    Phi3ForCausalLM(Phi3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, sliding_window=None)).save_pretrained(folder)
-    return folder
 
 
 def start(kind: str, base: Path, folder: Path) -> subprocess.Popen:

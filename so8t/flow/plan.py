@@ -116,6 +116,7 @@ def used(
     except Problem as problem:
         raise Problem(f"{notebook.name}, `uses`: {problem}") from None
 
+# %% ../../nbs/flow/plan.ipynb #48531634
 def decide(
     scene: Scene,
     stage: str,

@@ -331,6 +331,7 @@ def roll_out(
     work.done, work.changing = work.done + 1, False
     return {"phase": "rollout", **{name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}, **said}
 
+# %% ../../nbs/train/ppo.ipynb #dbd6846c
 def update(
     work: Ppo,
     iteration: int,  # from 0
