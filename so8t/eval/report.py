@@ -71,9 +71,9 @@ def tile(
     colour: str = INK,
 ) -> str:
     "A number with its name."
-    return (f'<div style="border:1px solid {RULE};border-radius:10px;padding:.8em 1em;flex:1 1 7.5em;min-width:7.5em">'
+    return (f'<div style="border:1px solid {RULE};border-radius:10px;padding:.8em .9em;flex:1 1 8.5em;min-width:8.5em">'
             f'<div style="color:{MUTED};font-size:.8em">{escape(name)}</div>'
-            f'<div style="color:{colour};font-size:1.35em;font-weight:600;white-space:nowrap">{value}</div>'
+            f'<div style="color:{colour};font-size:1.2em;font-weight:600;white-space:nowrap">{value}</div>'
             f'<div style="color:{MUTED};font-size:.8em">{escape(below)}</div></div>')
 
 # %% ../../nbs/eval/report.ipynb #448a5500

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Check', 'python', 'packages', 'memory', 'gpu', 'existing', 'disk_space', 'runs_folder', 'examine', 'refuse']
 
-# %% ../../nbs/ops/doctor.ipynb #f2466beb
+# %% ../../nbs/ops/doctor.ipynb #82db6aef
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import psutil
 
@@ -85,9 +85,9 @@ def runs_folder(
     "Whether runs can be written."
     try:
         workspace.runs.mkdir(parents=True, exist_ok=True)
-        disk.write_text(workspace.runs / ".doctor", "ok")
-        os.unlink(workspace.runs / ".doctor")
-    except (OSError, Problem) as error:
+        with TemporaryFile(dir=workspace.runs) as probe:
+            probe.write(b"ok")
+    except OSError as error:
         return Check("Runs folder", "abort", f"{workspace.runs} cannot be written ({error})", "set `runs` in settings.ini")
     return Check("Runs folder", "fine", str(workspace.runs))
 
