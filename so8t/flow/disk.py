@@ -6,8 +6,8 @@
 __all__ = ['steps', 'TEMPORARY', 'STAGING', 'MANIFEST', 'SAVE_NOW', 'VISITORS', 'Steps', 'named', 'sync_folder', 'make_folder',
            'replace', 'beside', 'discard', 'write_bytes', 'write_text', 'write_json', 'read_json', 'row_in',
            'read_jsonl', 'last_line', 'heal', 'append_jsonl', 'below', 'files_below', 'refuse_odd', 'sync_file',
-           'digest_of', 'seal_of', 'seal', 'read_manifest', 'damage', 'verify', 'install', 'publish', 'boot_id',
-           'signature', 'is_whole', 'collect_garbage', 'free_bytes', 'need_space']
+           'digest_of', 'seal_of', 'seal', 'read_manifest', 'damage', 'verify', 'install', 'publish', 'retire',
+           'boot_id', 'signature', 'is_whole', 'collect_garbage', 'free_bytes', 'need_space']
 
 # %% ../../nbs/flow/disk.ipynb #c480fb8d
 import errno
@@ -420,6 +420,15 @@ def publish(
             install(staging, folder)
         finally:
             discard(staging)
+
+# %% ../../nbs/flow/disk.ipynb #f4cd3d0c
+def retire(
+    folder: Path,  # that was published
+):
+    "Remove a folder; a reader sees it whole or not at all."
+    hidden = beside(folder, STAGING)
+    replace(folder, hidden)
+    discard(hidden)
 
 # %% ../../nbs/flow/disk.ipynb #7d87463d
 @remember

@@ -277,6 +277,8 @@ def resume_from(
     for old in newer:
         disk.make_folder(home / SET_ASIDE)
         disk.replace(old, disk.beside(home / SET_ASIDE / old.name, ""))
+        disk.sync_folder(home / SET_ASIDE)
+        disk.sync_folder(home)
     if chosen.parent != home.absolute():
         info = {k: v for k, v in disk.read_manifest(chosen).items() if k in ("kind", "step", "identity")}
         with disk.publish(home / chosen.name, **info) as staging:

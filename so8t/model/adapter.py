@@ -6,7 +6,8 @@
 __all__ = ['LINEARS', 'GATE_FILE', 'REFERENCE', 'load_base', 'linears_of', 'wrap', 'save', 'load', 'trained', 'put_back',
            'hidden_states', 'head', 'add_reference', 'as_reference']
 
-# %% ../../nbs/model/adapter.ipynb #c8daadd8
+# %% ../../nbs/model/adapter.ipynb #fe47313d
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,11 +49,8 @@ def linears_of(
     model: nn.Module,
 ) -> list[str]:
     "The names of the linear layers that LoRA adapts; `o_proj.linear` where a gate stands behind it."
-    found = set()
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if isinstance(module, nn.Linear) and (set(parts[-1:]) | set(parts[-2:-1] if parts[-1] == "linear" else ())) & set(LINEARS):
-            found.add(".".join(parts[-2:]) if parts[-1] == "linear" else parts[-1])
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = {match[1] for name in names if (match := re.search(rf"(?:^|\.)((?:{'|'.join(LINEARS)})(?:\.linear)?)$", name))}
     if not found:
         raise Problem(f"{type(model).__name__}: no linear layer is called {', '.join(LINEARS)}; LoRA has no place")
     return sorted(found)

@@ -168,9 +168,7 @@ class Checkpointer:
         whole = [c for c in self.all() if disk.is_whole(c, self.folder / "verified.json")]
         for old in whole[: -self.keep]:
             if old != self.resumed:
-                hidden = disk.beside(old, disk.STAGING)
-                disk.replace(old, hidden)
-                disk.discard(hidden)
+                disk.retire(old)
 
     def all(self) -> list[Path]:
         "The checkpoints, by step."
