@@ -6,11 +6,11 @@
 __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', 'BASES', 'SOURCES', 'VERDICTS', 'Weight', 'Costs',
            'UNITS', 'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping',
            'parse', 'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source', 'Data', 'Lora', 'Gate', 'Pet',
-           'Sft', 'Rewards', 'Ppo', 'Span', 'Search', 'Checkpoint', 'Training', 'Benchmark', 'Conversion', 'Upload',
-           'size', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words',
-           'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace',
-           'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load',
-           'section', 'frozen_lines', 'freeze', 'thaw', 'render']
+           'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint', 'Training', 'Benchmark',
+           'Conversion', 'Upload', 'size', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage',
+           'Config', 'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe',
+           'checked', 'Workspace', 'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate',
+           'title', 'load', 'section', 'frozen_lines', 'freeze', 'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #d6370bc7
 import configparser
@@ -259,7 +259,14 @@ class Pet(Section):
     main: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight in between.")
     cooldown: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight in the last tenth of the steps.")
 
-# %% ../../nbs/flow/config.ipynb #086d3562
+# %% ../../nbs/flow/config.ipynb #c087de7c
+def divides_batch(micro_batch: int, info: ValidationInfo) -> int:
+    "Gradients are summed over whole micro-batches."
+    batch = info.data.get("batch")
+    if batch and batch % micro_batch:
+        raise ValueError(f"micro_batch {micro_batch} does not divide batch {batch}")
+    return micro_batch
+
 class Sft(Section):
     "Supervised fine-tuning."
 
@@ -284,14 +291,7 @@ class Sft(Section):
             raise ValueError("without targets, and with lora.rank 0, there is nothing to train")
         return gate
 
-    @field_validator("micro_batch")
-    @classmethod
-    def divides_batch(cls, micro_batch: int, info: ValidationInfo) -> int:
-        "Gradients are summed over whole micro-batches."
-        batch = info.data.get("batch")
-        if batch and batch % micro_batch:
-            raise ValueError(f"micro_batch {micro_batch} does not divide batch {batch}")
-        return micro_batch
+    _divides = field_validator("micro_batch")(divides_batch)
 
 # %% ../../nbs/flow/config.ipynb #f9467171
 VERDICTS = 4
@@ -347,6 +347,20 @@ class Ppo(Section):
                 raise ValueError(f"{part} {getattr(self, part)} does not divide {whole} {getattr(self, whole)}")
         return self
 
+# %% ../../nbs/flow/config.ipynb #a776a412
+class Dpo(Section):
+    "Direct preference optimisation, another way from B to a better model."
+
+    steps: Count = Field(40, description="Optimizer steps.")
+    batch: Count = Field(8, description="Pairs that one optimizer step learns from.")
+    micro_batch: Count = Field(4, description="Pairs in memory at once; divides batch.")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Peak learning rate.")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the steps in which the rate rises.")
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="How much a divergence from the SFT model costs.")
+    max_tokens: Annotated[int, Field(ge=8)] = Field(320, description="Longer pairs are cut, tokens with the answer.")
+
+    _divides = field_validator("micro_batch")(divides_batch)
+
 # %% ../../nbs/flow/config.ipynb #273a9612
 class Span(Section):
     "The values that a search tries for a key: numbers from low to high, or a list of choices."
@@ -394,6 +408,7 @@ class Training(Section):
     search: Search = Search()
     sft: Sft = Sft()
     ppo: Ppo = Ppo()
+    dpo: Dpo = Dpo()
     checkpoint: Checkpoint = Checkpoint()
 
 # %% ../../nbs/flow/config.ipynb #1c24e5c9
