@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', 'BASES', 'SOURCES', 'VERDICTS', 'Weight', 'Costs',
            'UNITS', 'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping',
-           'parse', 'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source', 'Data', 'Lora', 'Gate', 'Pet',
-           'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint', 'Training', 'Benchmark',
-           'Conversion', 'Upload', 'size', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage',
-           'Config', 'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe',
-           'checked', 'Workspace', 'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate',
-           'title', 'load', 'section', 'frozen_lines', 'freeze', 'thaw', 'render']
+           'parse', 'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source', 'web_address', 'Web', 'Data',
+           'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint',
+           'Training', 'Benchmark', 'Conversion', 'Upload', 'size', 'Automation', 'Resources', 'Logging',
+           'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted',
+           'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace', 'Resolved', 'flat',
+           'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines', 'freeze', 'thaw',
+           'render']
 
 # %% ../../nbs/flow/config.ipynb #d6370bc7
 import configparser
@@ -217,6 +218,26 @@ def source(name: str) -> str:
         raise ValueError(f"{name} is none of {', '.join(SOURCES)}, nor a .jsonl file{nearest(name, SOURCES)}")
     return name
 
+# %% ../../nbs/flow/config.ipynb #2379af55
+def web_address(text: str) -> str:
+    "The address of a web page, if it is one."
+    if not re.match(r"https?://[^/]", text):
+        raise ValueError(f"{text} is no web address, such as https://example.org/")
+    return text
+
+class Web(Section):
+    "What the crawler reads (see data.web)."
+
+    seeds: Annotated[list[Annotated[str, AfterValidator(web_address)]], AfterValidator(distinct)] = Field(
+        [], description="Pages to start from; links are followed within their sites.")
+    user_agent_url: Annotated[str, AfterValidator(web_address)] | None = Field(
+        None, description="A page that says who crawls and how to reach them; nothing is crawled without it.")
+    delay: Seconds = Field(2.0, description="Least pause between two requests to a host, seconds.")
+    pages_per_host: Count = Field(50, description="At most so many pages of each host.")
+    depth: Whole = Field(2, description="Pages to read are at most so many links away from a seed.")
+    max_bytes: Count = Field(2_000_000, description="Larger pages are left alone, bytes.")
+    timeout: Annotated[float, Field(gt=0)] = Field(30.0, description="Longest time for one page, seconds.")
+
 # %% ../../nbs/flow/config.ipynb #c58bd60a
 class Data(Section):
     "The prompts to learn and to be judged by."
@@ -232,6 +253,7 @@ class Data(Section):
     max_characters: Count = Field(2000, description="Longer prompts are removed, characters.")
     languages: Annotated[list[Literal["en", "ja"]], Field(min_length=1), AfterValidator(distinct)] = Field(
         ["en", "ja"], description="Languages to keep.")
+    web: Web = Web()
 
 # %% ../../nbs/flow/config.ipynb #52d7532c
 class Lora(Section):
