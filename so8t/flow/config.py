@@ -7,7 +7,7 @@ __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', '
            'UNITS', 'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping',
            'parse', 'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source', 'web_address', 'Web', 'Data',
            'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint',
-           'Training', 'Benchmark', 'Conversion', 'Upload', 'size', 'Automation', 'Resources', 'Logging',
+           'Training', 'Benchmark', 'Conversion', 'Upload', 'size', 'Balance', 'Automation', 'Resources', 'Logging',
            'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted',
            'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace', 'Resolved', 'flat',
            'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines', 'freeze', 'thaw',
@@ -473,8 +473,25 @@ def size(
         raise ValueError('must be a size such as "2 GB", "500 MB" or a number of bytes')
     return round(float(found[1]) * UNITS[found[2]])
 
-# %% ../../nbs/flow/config.ipynb #76436e43
+# %% ../../nbs/flow/config.ipynb #a41e2c34
 Size = Annotated[int, BeforeValidator(size), Field(ge=0), WithJsonSchema({"type": "size"})]
+
+class Balance(Section):
+    "When the machine is under pressure: fewer rows in memory at once, or a pause until it is over."
+
+    memory_above: Share = Field(0.95, description="Share of memory in use from which training halves its rows at once.")
+    gpu_memory_above: Share = Field(0.99, description="The same for the GPU's memory; a full one is no fault by itself.")
+    samples: Count = Field(3, description="Measurements in a row (logging.sample_seconds apart) before rows are halved.")
+    pause_above: Annotated[float, Field(gt=0)] = Field(90, description="Temperature of the GPU from which work pauses, °C.")
+    resume_below: Annotated[float, Field(gt=0)] = Field(75, description="Temperature of the GPU below which it goes on, °C.")
+    free_disk: Size = Field("500 MB", description="With less disk free, work pauses; with half as much again, it goes on.")
+
+    @model_validator(mode="after")
+    def apart(self):
+        "Two temperatures that are apart, so that work does not flap between them."
+        if self.resume_below >= self.pause_above:
+            raise ValueError(f"resume_below {self.resume_below:g} must be lower than pause_above {self.pause_above:g}")
+        return self
 
 class Automation(Section):
     "What the runner does when a stage fails or hangs."
@@ -483,6 +500,9 @@ class Automation(Section):
     retries: Whole = Field(1, description="Further attempts without progress after a failure.")
     backoff: Seconds = Field(10, description="Pause before the first retry, doubled before each further one, s.")
     grace: Seconds = Field(30, description="Time that a stage gets to save itself when the run is stopped, s.")
+    session_expires_after: Seconds = Field(
+        2_592_000, description="`so8t clean` removes completed runs that are older, s (2592000 is 30 days); 0: never.")
+    balance: Balance = Balance()
 
 class Resources(Section):
     "What the run may use."
@@ -495,6 +515,9 @@ class Logging(Section):
     "What is said while a run goes on."
 
     progress_seconds: Seconds = Field(5, description="Time between two reports of progress, s.")
+    sample_seconds: Annotated[float, Field(gt=0)] = Field(10, description="Time between two measurements of the machine, s.")
+    progress_log_seconds: Annotated[float, Field(gt=0)] = Field(
+        180, description="Time between two lines in logs/progress.jsonl of the run, s.")
 
 class Notifications(Section):
     "How the end of a run is announced."
