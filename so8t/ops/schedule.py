@@ -121,12 +121,12 @@ def windows(
     return Plan("Windows Task Scheduler", files, [[*create, "/xml", str(full)]], [delete], [*create, "/xml", str(logon)],
                 "without an administrator it starts at logon; installed once by one, at startup too")
 
-# %% ../../nbs/ops/schedule.ipynb #69605717
+# %% ../../nbs/ops/schedule.ipynb #9b3b4892
 def quoted(
     word: str,
 ) -> str:
     "A word of ExecStart (systemd.service, \"Command lines\")."
-    return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$") + '"'
 
 def systemd(
     task: Task,
@@ -134,7 +134,7 @@ def systemd(
     "The systemd of the user."
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
     values = {name: str(getattr(task, name)).replace("%", "%%") for name in ("config", "root", "log")}
-    values["words"] = " ".join([quoted(task.words[0]), *(quoted(w.replace("$", "$$")) for w in task.words[1:])])
+    values["words"] = " ".join(map(quoted, task.words))
     files = {home / f"{task.name}.{end}": template(f"task.{end}", values).encode() for end in ("service", "timer")}
     enable, disable = (["systemctl", "--user", what, f"{task.name}.timer"] for what in ("enable", "disable"))
     return Plan("systemd", files, [["systemctl", "--user", "daemon-reload"], enable, ["loginctl", "enable-linger"]], [disable],
