@@ -8,10 +8,10 @@ __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', '
            'mistake', 'plain', 'mapping', 'parse', 'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source',
            'web_address', 'Web', 'Data', 'Agent', 'Research', 'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards',
            'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint', 'Training', 'Benchmark', 'Conversion', 'Upload', 'size',
-           'Balance', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words',
-           'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace',
-           'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load',
-           'section', 'frozen_lines', 'freeze', 'thaw', 'render']
+           'Balance', 'Serve', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config',
+           'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked',
+           'Workspace', 'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title',
+           'load', 'section', 'frozen_lines', 'freeze', 'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #c99bda81
 import configparser
@@ -558,6 +558,17 @@ class Balance(Section):
             raise ValueError(f"resume_below {self.resume_below:g} must be lower than pause_above {self.pause_above:g}")
         return self
 
+class Serve(Section):
+    "Limits of the servers that so8t serve starts."
+
+    body: Size = Field("64 KB", description="Longest request body: 64 KB, 1 MB or bytes.")
+    prompt_tokens: Count = Field(2048, description="Longest question with its history, tokens.")
+    answer_tokens: Annotated[int, Field(ge=8)] = Field(256, description="Longest quad that a request may ask for, tokens.")
+    queue: Count = Field(16, description="Requests that may wait for the model; one more is answered with 503.")
+    per_client: Count = Field(8, description="Requests of one client at a time; one more is answered with 429.")
+    timeout: Annotated[float, Field(gt=0)] = Field(120, description="Longest time for an answer, waiting included, s.")
+    grace: Seconds = Field(20, description="Time that requests get to end when the server is stopped, s.")
+
 class Automation(Section):
     "What the runner does when a stage fails or hangs."
 
@@ -666,6 +677,7 @@ class Config(Section):
     benchmark: Benchmark = Benchmark()
     conversion: Conversion = Conversion()
     upload: Upload = Upload()
+    serve: Serve = Serve()
     automation: Automation = Automation()
     resources: Resources = Resources()
     logging: Logging = Logging()
