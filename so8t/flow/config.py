@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', 'BASES', 'SOURCES', 'COMMANDS', 'TOPICS',
-           'VERDICTS', 'Weight', 'Costs', 'UNITS', 'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join',
-           'mistake', 'plain', 'mapping', 'parse', 'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source',
-           'web_address', 'Web', 'Data', 'Agent', 'Research', 'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards',
-           'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint', 'Training', 'Benchmark', 'Conversion', 'Upload', 'size',
-           'Balance', 'Serve', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config',
-           'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked',
-           'Workspace', 'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title',
-           'load', 'section', 'frozen_lines', 'freeze', 'thaw', 'render']
+           'VERDICTS', 'Weight', 'Costs', 'Format', 'UNITS', 'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml',
+           'join', 'mistake', 'plain', 'mapping', 'parse', 'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model',
+           'source', 'web_address', 'Web', 'Data', 'Agent', 'Research', 'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft',
+           'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint', 'Training', 'Benchmark', 'Conversion', 'Ollama',
+           'Upload', 'size', 'Balance', 'Serve', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom',
+           'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown',
+           'describe', 'checked', 'Workspace', 'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment',
+           'read', 'locate', 'title', 'load', 'section', 'frozen_lines', 'freeze', 'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #c99bda81
 import configparser
@@ -498,7 +498,9 @@ class Training(Section):
     dpo: Dpo = Dpo()
     checkpoint: Checkpoint = Checkpoint()
 
-# %% ../../nbs/flow/config.ipynb #1c24e5c9
+# %% ../../nbs/flow/config.ipynb #b1df8fc3
+Format = Literal["f16", "q8_0", "q4_k_m"]
+
 class Benchmark(Section):
     "How A and B are compared."
 
@@ -516,13 +518,50 @@ class Benchmark(Section):
 class Conversion(Section):
     "The GGUF files, and the proof that they say the same."
 
-    formats: Annotated[list[Literal["f16", "q8_0"]], Field(min_length=1), AfterValidator(distinct)] = Field(
-        ["f16", "q8_0"], description="GGUF files to write.")
+    formats: Annotated[list[Format], Field(min_length=1), AfterValidator(distinct)] = Field(
+        ["f16", "q8_0", "q4_k_m"], description="GGUF files to write.")
     parity_prompts: Count = Field(3, description="Prompts that both runtimes continue.")
     parity_tokens: Count = Field(24, description="Tokens that must be the same for each prompt.")
+    verdicts: Whole = Field(24, description="Held-out prompts on which each file's fast verdict is compared; 0: none.")
 
+class Ollama(Section):
+    "Models A, B and C in Ollama: one template, one sampling."
+
+    host: str = Field("http://127.0.0.1:11434", description="Where Ollama listens.")
+    required: bool = Field(False, description="Without Ollama the stage fails; else it says that nothing was registered.")
+    name: str | None = Field(None, description="The models are name:a, name:b and name:c; null: after the base model.")
+    format: Format = Field("q8_0", description="GGUF format of the three.")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0: the likeliest token each time.")
+    seed: Whole = Field(0, description="Seed of the sampling, where temperature is not 0.")
+    context: Count = Field(2048, description="Tokens of question and answer together; less where the model has less.")
+    max_tokens: Count = Field(512, description="Longest answer, tokens.")
+
+# %% ../../nbs/flow/config.ipynb #4a615de2
 class Upload(Section):
-    "Where results go: nothing to set yet."
+    "Where the model goes, with its card."
+
+    target: Literal["folder", "hub"] = Field("folder", description="A folder on this machine, or the Hugging Face Hub.")
+    folder: str = Field("shipped", description="Where target folder puts it, one folder for each model.")
+    repo: str | None = Field(None, description="Where target hub puts it: owner/name.")
+    private: bool = Field(True, description="A page on the Hub that only its owner sees.")
+    token_env: str = Field("HF_TOKEN", description="Environment variable with the token for the Hub.")
+    token_file: str | None = Field(None, description="File with the token, where the variable is not set.")
+    licences: Annotated[list[str], Field(min_length=1), AfterValidator(distinct)] = Field(
+        ["Apache-2.0", "MIT"], description="SPDX names of licences; with data or a base under any other, nothing goes.")
+    base_licence: str | None = Field(None, description="SPDX name of the base model's licence, where so8t does not know it.")
+    dry_run: bool = Field(False, description="List what would go, and send nothing.")
+
+    @model_validator(mode="after")
+    def has_page(self) -> "Upload":
+        "The Hub needs a name."
+        if self.target == "hub" and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo or ""):
+            raise ValueError("repo: target hub needs one, as owner/name")
+        return self
+
+    def token(self) -> str:
+        "The token for the Hub; empty where there is none."
+        file = Path(self.token_file).expanduser() if self.token_file else None
+        return os.environ.get(self.token_env, "").strip() or (file.read_text().strip() if file and file.is_file() else "")
 
 # %% ../../nbs/flow/config.ipynb #86d4cb9a
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -676,6 +715,7 @@ class Config(Section):
     training: Training = Training()
     benchmark: Benchmark = Benchmark()
     conversion: Conversion = Conversion()
+    ollama: Ollama = Ollama()
     upload: Upload = Upload()
     serve: Serve = Serve()
     automation: Automation = Automation()
