@@ -18,7 +18,7 @@ from torch.nn.functional import pad as pad_tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..flow.config import Ppo as Settings
-from ..model import adapter
+from ..model import adapter, quad
 from ..model.device import fast_bfloat16
 from ..model.judge import end_mark
 from ..model.verdict import questions
@@ -265,7 +265,8 @@ class Ppo:
         seed: int,
     ):
         seed_everything(seed)
-        self.policy, self.rows, self.seed, self.settings = policy, rows, seed, policy.settings
+        self.policy, self.seed, self.settings = policy, seed, policy.settings
+        self.rows = [quad.taught(row) for row in rows]
         self.model, self.trained = policy.model, policy.trained
         self.optimizer = torch.optim.AdamW([
             {"params": list(self.trained.values()), "lr": self.settings.learning_rate},

@@ -66,6 +66,7 @@ def examples_of(
     sft: Sft,  # max_tokens, think
 ) -> list[tuple[list[int], int]]:
     "All examples of the rows: bare verdicts, then the quads of as many as `think` says."
+    rows = [quad.taught(row) for row in rows]
     bare = [(question(tokenizer, row["prompt"]), row["verdict"]) for row in rows]
     quads = [(row, q) for row in rows if (q := quad.of_row(row))]
     chosen = random.Random(0).sample(quads, round(sft.think * len(quads)))
