@@ -48,7 +48,8 @@ def web_url(
 ) -> httpx.URL | None:
     "The absolute address, if it is one that can be read."
     with suppress(httpx.InvalidURL, UnicodeError, ValueError):
-        url = httpx.URL(base).join(text.strip()).copy_with(fragment=None)
+        url = httpx.URL(base).join(text.strip())
+        url = url.copy_with(raw_path=url.raw_path, fragment=None)
         known = url.scheme in ("http", "https") and url.host and not url.userinfo and (url.port or 80) < 65536
         return url if known and len(str(url)) <= LONGEST else None
 
@@ -117,17 +118,18 @@ async def fetch(
 ) -> Reply:
     "What a server answers; redirects are not followed."
     own = {"Host": url.netloc.decode(), "Accept-Encoding": "identity", "Connection": "close"}
+    named = {"sni_hostname": url.raw_host.decode()}
     try:
         with anyio.fail_after(timeout):
             there = url.copy_with(host=await resolve(url, loopback))
-            async with httpx.AsyncClient(verify=TLS, trust_env=False, timeout=timeout) as client:
-                named = {"sni_hostname": url.raw_host.decode()}
-                async with client.stream("GET", there, headers=own | headers, extensions=named) as reply:
-                    body = await body_of(reply, limit) if reply.status_code == 200 else b""
-                    return Reply(reply.status_code, reply.headers, body, reply.charset_encoding)
-    except (TimeoutError, httpx.TimeoutException):
+            async with httpx.AsyncHTTPTransport(verify=TLS, trust_env=False) as transport:
+                request = httpx.Request("GET", there, headers=own | headers, extensions=named)
+                reply = await transport.handle_async_request(request)
+                body = await body_of(reply, limit) if reply.status_code == 200 else b""
+                return Reply(reply.status_code, reply.headers, body, reply.charset_encoding)
+    except TimeoutError:
         raise Refused("too slow") from None
-    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+    except (OSError, httpx.HTTPError) as error:
         raise Refused(f"no answer ({type(error).__name__})") from None
 
 # %% ../../nbs/data/web.ipynb #ea638be0
@@ -155,12 +157,15 @@ def text_in(
 ) -> str:
     "The text of a page, in whatever encoding it came."
     inside = CHARSET.search(body[:2048])
-    for name in filter(None, (charset, inside and inside[1].decode(), "utf-8-sig")):
+    for name in filter(None, (charset, inside and inside[1].decode(), "iso2022_jp" if b"\x1b$" in body else "utf-8-sig")):
         with suppress(LookupError, ValueError):
             return body.decode(MEANT.get(name.lower(), name))
-    if not (best := from_bytes(body).best()):
-        raise Refused("unreadable text")
-    return str(best)
+    best = from_bytes(body).best()
+    if best and best.multi_byte_usage:
+        return str(best)
+    with suppress(UnicodeDecodeError):
+        return body.decode("cp1252")
+    raise Refused("unreadable text")
 
 # %% ../../nbs/data/web.ipynb #1daf2357
 NAMES = {"mit": "MIT", "apache-2.0": "Apache-2.0", "license-2.0": "Apache-2.0", "bsd-2-clause": "BSD-2-Clause",
