@@ -127,9 +127,10 @@ def similarity(
     shared = np.asarray(table[left].multiply(table[right]).sum(axis=1)).ravel()
     return shared / np.maximum(size[left] + size[right] - shared, 1)
 
-# %% ../../nbs/data/duplicates.ipynb #5a129b89
+# %% ../../nbs/data/duplicates.ipynb #c299f85a
 PERMUTATIONS = 128
-FACTORS, SHIFTS = np.random.default_rng(8).integers(0, 2**32, (2, PERMUTATIONS), np.uint32) | np.array([[1], [0]], np.uint32)
+FACTORS, SHIFTS = np.random.default_rng(8).integers(0, 2**32, (2, PERMUTATIONS), np.uint32)
+FACTORS |= np.uint32(1)
 
 def sign(
     made: np.ndarray,  # from `shingles`; every text has some
