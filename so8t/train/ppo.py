@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['PER_ROUND', 'masked_mean', 'whiten', 'advantages', 'policy_loss', 'value_loss', 'adapted_weight', 'rows_of',
-           'upto_end', 'judged', 'Policy', 'case_of', 'sample', 'joined', 'learned', 'backward', 'Ppo', 'roll_out',
-           'update', 'rounds', 'describe']
+           'upto_end', 'judged', 'fresh', 'Policy', 'case_of', 'sample', 'joined', 'learned', 'backward', 'Ppo',
+           'roll_out', 'update', 'rounds', 'describe']
 
-# %% ../../nbs/train/ppo.ipynb #7d3dfb44
+# %% ../../nbs/train/ppo.ipynb #55e1bd9a
 import random
 from collections import Counter
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 from torch import nn
 from torch.nn.functional import pad as pad_tensor
 from transformers import AutoTokenizer, GenerationConfig
 
+from ..flow import disk
 from ..flow.config import Ppo as Settings
+from ..flow.config import Sft
 from ..model import adapter, quad
 from ..model.device import fast_bfloat16
 from ..model.judge import end_mark
@@ -135,6 +138,19 @@ def judged(
             "values": value_head(hidden.detach().float())[:, 0], "entropy": -(logs.exp() * logs).sum(1)}
     grid = torch.zeros(mask.shape, device=ids.device)
     return tuple(grid.masked_scatter(mask, flat[name]) for name in ("logs", "values", "entropy"))
+
+# %% ../../nbs/train/ppo.ipynb #948a639b
+def fresh(
+    base: Path,  # model A, an HF folder
+    sft: Sft,  # the section training.sft: its lora and gate
+    seed: int,
+    place: Path,  # folder that gets the adapter's folder
+) -> Path:
+    "The folder of an adapter with which the model is still the base model."
+    folder, gate = Path(mkdtemp(prefix=disk.STAGING, dir=place)), sft.gate.model_copy(update={"start": sft.gate.end})
+    seed_everything(seed)
+    adapter.save(adapter.wrap(adapter.load_base(base), sft.lora, gate), folder)
+    return folder
 
 # %% ../../nbs/train/ppo.ipynb #78b73330
 class Policy:
