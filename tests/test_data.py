@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from so8t.data import cleanse, sources
-from so8t.data.rows import read_rows, split_of, to_jsonl
+from so8t.data.row import read_rows, split_of, to_jsonl
 from so8t.data.verdict import Verdict
 from so8t.flow.problem import Problem
 
@@ -23,14 +23,16 @@ def missing(field):
 
 
 BAD = {
-    "no verdict": (missing("verdict"), "has no verdict; it must be one of ALLOW, ESCALATION, DENY, REFUSE"),
+    "no verdict": (missing("verdict"), "has no verdict"),
     "unknown verdict": (GOOD | {"verdict": "BLOCK"}, "'BLOCK' is no verdict; it must be one of ALLOW, ESCALATION"),
     "verdict in lower case": (GOOD | {"verdict": "allow"}, "'allow' is no verdict"),
     "verdict with a space": (GOOD | {"verdict": "ALLOW "}, "'ALLOW ' is no verdict"),
     "no prompt": (missing("prompt"), "has no prompt"),
     "empty prompt": (GOOD | {"prompt": " 　\n"}, "prompt is empty"),
-    "prompt of another type": (GOOD | {"prompt": ["hi"]}, r"prompt must be text, not \['hi'\]"),
-    "null verdict": (GOOD | {"verdict": None}, "verdict must be text, not None"),
+    "prompt of another type": (GOOD | {"prompt": ["hi"]}, "prompt must be text, not list"),
+    "quality that is no number": (GOOD | {"quality": float("nan")}, "quality input should be a finite number"),
+    "bytes that nobody could read": (GOOD | {"prompt": "caf\ufffd"}, "prompt holds .ufffd"),
+    "a language in words": (GOOD | {"lang": "English"}, "lang string should match"),
     "half a character": (GOOD | {"prompt": "a\ud800b"}, "prompt holds half a character"),
     "unknown field": (GOOD | {"label": 1}, "'label' is no field of a row"),
     "a list": ([1], "a row is a JSON object"),
@@ -70,20 +72,13 @@ def test_a_missing_file_and_a_folder_are_problems(tmp_path):
 def test_windows_line_ends_and_byte_order_mark_are_read(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
-    assert read_rows(file)[0]["id"] == "a"
+    assert read_rows(file)[0]["key"] == "a"
 
 
 def test_a_prompt_may_hold_any_line_separator(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text(to_jsonl([GOOD | {"prompt": "one\u2028two\x85three\nfour"}]), encoding="utf-8")
     assert read_rows(file)[0]["prompt"] == "one\u2028two\x85three\nfour"
-
-
-def test_an_id_used_in_two_sources_is_a_problem(tmp_path):
-    for name in ("one.jsonl", "two.jsonl"):
-        (tmp_path / name).write_text(to_jsonl([GOOD | {"licence": "MIT"}]), encoding="utf-8")
-    with pytest.raises(Problem, match="id 'a' is used in one.jsonl and in two.jsonl"):
-        sources.collect(["one.jsonl", "two.jsonl"], LICENCES, None, tmp_path)
 
 
 def test_a_file_of_which_no_row_may_be_used_is_a_problem(tmp_path):
@@ -121,6 +116,7 @@ def collections(draw):
     return [
         {
             "id": f"r{i:02d}",
+            "key": f"r{i:02d}",
             "lang": draw(st.sampled_from(["en", "ja", "fr"])),
             "area": "everyday",
             "prompt": text,
@@ -164,8 +160,8 @@ def test_of_a_test_row_and_its_near_duplicate_the_training_row_goes():
     train, test = (next(n for n in names if split_of(n, 0.4) == split) for split in ("train", "test"))
     common = {"lang": "en", "area": "everyday", "verdict": "ALLOW"}
     rows = [
-        common | {"id": train, "group": train, "source": "own", "prompt": "How do I water a cactus?"},
-        common | {"id": test, "group": test, "source": "web", "prompt": "How do I water a cactus??"},
+        common | {"id": train, "key": train, "group": train, "source": "own", "prompt": "How do I water a cactus?"},
+        common | {"id": test, "key": test, "group": test, "source": "web", "prompt": "How do I water a cactus??"},
     ]
     left, removed = clean(rows)
     assert [row["id"] for row in left] == [test]
@@ -180,7 +176,8 @@ def test_artifacts_are_the_same_bytes_each_time(tmp_path):
         sources.save(folder, rows, records)
         cleanse.save(folder, *cleanse.cleanse(rows, ["en", "ja"], 1000, 0.8, 0.2))
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["removed.jsonl", "rows.jsonl", "sources.json", "stats.json", "test.jsonl", "train.jsonl"]
+    cleansed = ["removed.parquet", "test.parquet", "train.parquet"]
+    assert names == sorted(["rows-00000.parquet", "sources.json", "stats.json", *cleansed])
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 

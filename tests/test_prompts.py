@@ -44,12 +44,12 @@ def test_no_verdict_is_rare(lang):
 
 
 def test_every_row_has_a_reason_and_an_id_that_says_where_it_belongs():
-    assert [row["id"] for row in ROWS if not row["reason"]] == []
-    assert [row["id"] for row in ROWS if not row["id"].startswith(f"{row['lang']}-{row['area']}-")] == []
+    assert [row["key"] for row in ROWS if not row["reason"]] == []
+    assert [row["key"] for row in ROWS if not row["key"].startswith(f"{row['lang']}-{row['area']}-")] == []
 
 
 def test_ids_are_unique_across_languages():
-    assert [id for id, count in Counter(row["id"] for row in ROWS).items() if count > 1] == []
+    assert [id for id, count in Counter(row["key"] for row in ROWS).items() if count > 1] == []
 
 
 def test_no_prompt_is_there_twice():

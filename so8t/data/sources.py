@@ -6,7 +6,7 @@
 __all__ = ['PUBLIC', 'IN_DANGER', 'Public', 'judge', 'locate', 'public_row', 'read_public', 'read_own', 'read_file',
            'read_source', 'admit', 'sample', 'describe', 'idle', 'collect_one', 'collect', 'save']
 
-# %% ../../nbs/data/sources.ipynb #3d13148d
+# %% ../../nbs/data/sources.ipynb #f799c73c
 import csv
 import hashlib
 import re
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 
-from .rows import check_row, read_rows, to_jsonl
+from .row import check_row, read_rows, write_shards
 from ..flow import disk
 from ..flow.problem import Problem
 
@@ -144,7 +144,7 @@ def public_row(
     part = record.get(source.part, "")
     row = {"id": f"{source.name}-{number:05d}", "lang": "en", "area": area, "verdict": verdict}
     row |= {"prompt": record[source.text].strip(), "source": f"{source.name}/{part}".rstrip("/")}
-    row |= {"licence": source.licences.get(part, "NOASSERTION")}
+    row |= {"licence": source.licences.get(part, "NOASSERTION"), "group": row["id"]}
     return check_row(row, f"{source.package} {source.version} row {number}")
 
 def read_public(
@@ -161,8 +161,9 @@ def read_public(
 def read_own() -> list[dict]:
     "The four-way set of this project, English and Japanese, as the installed so8t carries it."
     files = [resources.files("so8t") / "assets" / f"prompts.{lang}.jsonl" for lang in ("en", "ja")]
-    stated = {"source": "own", "licence": "Apache-2.0"}
-    return [row | stated for file in files for row in read_rows(file)]
+    rows = [row for file in files for row in read_rows(file)]
+    stated = {"source": "own", "licence": "Apache-2.0", "labeller": "source:own"}
+    return [row | stated | {"group": row["pair"] or row["key"]} for row in rows]
 
 # %% ../../nbs/data/sources.ipynb #df1eb575
 def read_file(
@@ -201,8 +202,8 @@ def sample(
 ) -> list[dict]:
     "A fixed sample, in the order of the rows."
     drawn = sorted(rows, key=lambda row: hashlib.sha256(row["group"].encode()).digest())[:size]
-    chosen = {row["id"] for row in drawn}
-    return [row for row in rows if row["id"] in chosen]
+    chosen = {row["key"] for row in drawn}
+    return [row for row in rows if row["key"] in chosen]
 
 # %% ../../nbs/data/sources.ipynb #4e32865f
 def describe(
@@ -262,19 +263,14 @@ def collect(
 ) -> tuple[list[dict], list[dict]]:
     "All rows, in the order of the sources, and a record for each source that there is."
     taken = [collect_one(name, licences, rows_per_source, root) for name in dict.fromkeys(names)]
-    rows, owner = [row for part, _ in taken for row in part], {}
-    for row in rows:
-        if first := owner.get(row["id"]):
-            raise Problem(f"id {row['id']!r} is used in {first} and in {row['source']}; every row needs its own")
-        owner[row["id"]] = row["source"]
-    return rows, [record for _, record in taken] + [idle(s) for s in PUBLIC.values() if s.name not in names]
+    return [row for part, _ in taken for row in part], [record for _, record in taken] + [idle(s) for s in PUBLIC.values() if s.name not in names]
 
-# %% ../../nbs/data/sources.ipynb #40b94699
+# %% ../../nbs/data/sources.ipynb #feadfed4
 def save(
     folder: Path,  # of the artifact
     rows: list[dict],
     sources: list[dict],  # both from `collect`
 ) -> None:
-    "Write rows.jsonl and sources.json."
-    disk.write_text(folder / "rows.jsonl", to_jsonl(rows))
+    "Write shards of rows, and sources.json."
+    write_shards(folder, rows)
     disk.write_json(folder / "sources.json", sources)

@@ -7,13 +7,14 @@ __all__ = ['HALVES', 'clock', 'size', 'percent', 'chip', 'table', 'tile', 'gain'
            'stage_lines', 'source_lines', 'halves', 'resumed', 'example_lines', 'sentences', 'lines',
            'calibration_lines', 'file_lines']
 
-# %% ../../nbs/eval/report.ipynb #e3d0dae9
+# %% ../../nbs/eval/report.ipynb #b84e8d66
 from datetime import datetime
 from html import escape
 from pathlib import Path
 
 from IPython.display import HTML
 
+from ..data.row import read_rows
 from .figures import BETTER, INK, MODELS, MUTED, RULE, VERDICTS, WORSE
 from ..flow import disk
 
@@ -168,7 +169,7 @@ def halves(
     "How many rows have which verdict, in each half and language."
     counts = {}
     for split, words in HALVES.items():
-        for row in disk.read_jsonl(cleanse / f"{split}.jsonl"):
+        for row in read_rows(cleanse / f"{split}.parquet"):
             bar = counts.setdefault(f"{words}, {row['lang']}", dict.fromkeys(VERDICTS, 0))
             bar[row["verdict"]] += 1
     return counts

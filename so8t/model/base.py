@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 from transformers.utils import logging
 
-from ..data.rows import split_of
+from ..data.row import split_of
 from ..data.verdict import Verdict
 from ..flow import disk
 from ..flow.config import Model, Tiny
