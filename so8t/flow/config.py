@@ -249,9 +249,18 @@ class Data(Section):
         ["Apache-2.0", "MIT"], description="SPDX names of licences; rows under any other are refused.")
     rows_per_source: Count | None = Field(None, description="At most so many rows of each source; null: all.")
     test_share: Share = Field(0.2, description="Share of the groups that is kept for the benchmark, never trained on.")
+    validation_share: Share = Field(0.05, description="Share of the other groups that is kept for validation.")
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8, description="Jaccard similarity from which two prompts count as the same.")
     max_characters: Count = Field(2000, description="Longer prompts are removed, characters.")
+    min_quality: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="Quality that a prompt must have, 0 to 1: that of its weakest part (see data.quality).")
+    outlier_z: Annotated[float, Field(gt=0)] = Field(
+        5.0, description="Robust z-score of its length from which a prompt is unlike its language and verdict, and removed.")
+    balance_cap: Annotated[float, Field(ge=1)] | None = Field(
+        10.0, description="A class (language and verdict) has at most so many times the rows of the median one; null: any.")
+    benchmarks: Annotated[list[str], AfterValidator(distinct)] = Field(
+        [], description="Files (.txt, a text a line; .jsonl; .parquet) whose texts must not stand in the training rows.")
     languages: Annotated[list[Literal["en", "ja"]], Field(min_length=1), AfterValidator(distinct)] = Field(
         ["en", "ja"], description="Languages to keep.")
     web: Web = Web()
