@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Text', 'Unit', 'FIELDS', 'REQUIRED', 'QUAD', 'TYPES', 'SCHEMA', 'COUNTED', 'readable', 'Checked', 'Media', 'Row',
            'normal', 'id_of', 'fault', 'check_row', 'parse_line', 'read_lines', 'to_jsonl', 'stored', 'loaded',
-           'batches', 'write_parquet', 'write_shards', 'iter_rows', 'shards', 'read_rows', 'split_of', 'counts',
-           'lengths']
+           'batches', 'write_parquet', 'write_shards', 'iter_tables', 'iter_rows', 'shards', 'read_rows', 'split_of',
+           'counts', 'lengths']
 
 # %% ../../nbs/data/row.ipynb #9bd28a39
 import hashlib
@@ -229,21 +229,29 @@ def write_shards(
         count += write_parquet(folder / f"rows-{number:05d}.parquet", shard)
     return count or write_parquet(folder / "rows-00000.parquet", ())
 
-# %% ../../nbs/data/row.ipynb #85c0986b
-def iter_rows(
+# %% ../../nbs/data/row.ipynb #13d54f66
+def iter_tables(
     paths: Iterable[Path],  # .parquet files that so8t wrote
     size: int = 10_000,  # rows in memory at once
-) -> Iterator[dict]:
-    "Their rows, one after the other."
+) -> Iterator[pa.Table]:
+    "Their rows, so many at a time, as Arrow tables."
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
                 if not file.schema_arrow.equals(SCHEMA):
                     raise Problem(f"{path}: holds other columns than a row has; it was not written by this so8t")
                 for batch in file.iter_batches(size):
-                    yield from map(loaded, batch.to_pylist())
+                    yield pa.Table.from_batches([batch])
         except (OSError, pa.ArrowException) as error:
             raise Problem(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+
+def iter_rows(
+    paths: Iterable[Path],  # .parquet files that so8t wrote
+    size: int = 10_000,  # rows in memory at once
+) -> Iterator[dict]:
+    "Their rows, one after the other."
+    for table in iter_tables(paths, size):
+        yield from map(loaded, table.to_pylist())
 
 def shards(
     folder: Path,  # an artifact
