@@ -263,6 +263,8 @@ class Data(Section):
         [], description="Files (.txt, a text a line; .jsonl; .parquet) whose texts must not stand in the training rows.")
     languages: Annotated[list[Literal["en", "ja"]], Field(min_length=1), AfterValidator(distinct)] = Field(
         ["en", "ja"], description="Languages to keep.")
+    answers: str | None = Field(
+        "labels/answers.jsonl", description="What people answered in the queue of data.label, written beside it; null: none.")
     web: Web = Web()
 
 # %% ../../nbs/flow/config.ipynb #0babbfaa
