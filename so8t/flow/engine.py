@@ -6,10 +6,11 @@
 __all__ = ['MARK', 'SAID', 'STYLE', 'Watch', 'classify', 'Client', 'last_line', 'Engine', 'TextLog', 'Handler', 'execute',
            'banner', 'settle', 'render']
 
-# %% ../../nbs/flow/engine.ipynb #6521c81c
+# %% ../../nbs/flow/engine.ipynb #16b3e233
 import os
 import secrets
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from papermill.iorw import papermill_io
 from traitlets.config import Config
 
 from . import disk
+from .problem import Problem
 
 # %% ../../nbs/flow/engine.ipynb #9f43477d
 @dataclass
@@ -35,6 +37,7 @@ class Watch:
     stopping: str = ""  # why it was asked to stop: "interrupted" or "timeout"
     outcome: str = ""  # "ran", "exception", "dead kernel", "interrupted", "timeout" or "exit"
     cell: int | None = None  # which code cell it ended in, counted from 1
+    name: str = ""  # the type of the error
     error: str = ""  # the error's name and its message, one line
     problem: bool = False  # the error is a Problem: it needs a person, so trying again is no use
     client: object = field(default=None, repr=False)
@@ -83,7 +86,8 @@ class Client(PapermillNotebookClient):
                 self.execute_cell(cell, index)
             except BaseException as error:
                 watch.outcome, watch.cell = classify(error, watch), count
-                watch.error, watch.problem = last_line(error), getattr(error, "ename", "") == "Problem"
+                watch.name = getattr(error, "ename", "") or type(error).__name__
+                watch.error, watch.problem = last_line(error), watch.name == "Problem"
                 self.nb_man.cell_exception(self.nb.cells[index], cell_index=index)
                 if not isinstance(error, CellExecutionError):
                     raise
@@ -130,7 +134,7 @@ class TextLog:
         self.stream.flush()
 
 class Handler:
-    "papermill's reads and writes of notebooks, through flow.disk: never torn."
+    "papermill's reads and writes of notebooks, through flow.disk: never torn. A full disk stops no stage here."
 
     @staticmethod
     def read(path):
@@ -138,7 +142,8 @@ class Handler:
 
     @staticmethod
     def write(buf, path):
-        disk.write_text(Path(path), buf)
+        with suppress(Problem):
+            disk.write_text(Path(path), buf)
 
     @staticmethod
     def pretty_path(path):
@@ -166,7 +171,7 @@ def execute(
         pass
     except Exception as error:
         if not watch.outcome or watch.outcome == "ran":
-            watch.outcome, watch.error = classify(error, watch), last_line(error)
+            watch.outcome, watch.name, watch.error = classify(error, watch), type(error).__name__, last_line(error)
     finally:
         watch.done.set()
 

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['FINISHED', 'FAILED', 'INTERRUPTED', 'Wish', 'scene_of', 'fresh_scene', 'choose', 'ready', 'selected', 'drift', 'Stop',
-           'signals', 'Job', 'kernel_env', 'measure', 'supervise', 'keep_last', 'attempt', 'stage_settings',
-           'newest_checkpoint', 'run_stage', 'run_stages', 'execute', 'guarded', 'stages_or_reason']
+           'signals', 'Job', 'full', 'patiently', 'kernel_env', 'measure', 'hold', 'adjustments', 'supervise',
+           'told_before', 'keep_last', 'attempt', 'stage_settings', 'furthest', 'limit', 'wait_for_room', 'prepare',
+           'why_failed', 'run_stage', 'run_stages', 'execute', 'guarded', 'stages_or_reason']
 
-# %% ../../nbs/flow/runner.ipynb #a0e5e73a
+# %% ../../nbs/flow/runner.ipynb #1f74b085
+import errno
 import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +24,7 @@ import filelock
 import psutil
 
 from . import config as configs
-from . import disk, guard, plan, session
+from . import disk, guard, plan, recovery, session
 from .problem import Problem
 from .screen import PlainScreen
 
@@ -129,7 +132,7 @@ def signals(stop: Stop):
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
 
-# %% ../../nbs/flow/runner.ipynb #573e4401
+# %% ../../nbs/flow/runner.ipynb #b1f2a36e
 @dataclass
 class Job:
     "What the attempts at the stages of a run have in common."
@@ -138,6 +141,38 @@ class Job:
     screen: PlainScreen
     stop: Stop
     scratch: Path  # a temporary folder
+    pause: str = ""  # why work has to wait: set and cleared by what stands beside the run, such as ops.balance
+    listeners: list = field(default_factory=list)  # called with each event: what stands beside the run listens
+
+    def tell(self, event: str, **fields):
+        "Write an event, and let the others know."
+        patiently(self, session.log, self.scene.run, event, **fields)
+        for listen in self.listeners:
+            listen({"event": event, **fields})
+
+def full(
+    error: Exception,
+) -> bool:
+    "Whether an error means that the disk is full."
+    return getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+def patiently(
+    job: Job,
+    do,  # something that writes, called with the rest
+    *rest,
+    **more,
+):
+    "Do something that writes, and while the disk is full, wait for room."
+    said = False
+    while True:
+        try:
+            return do(*rest, **more)
+        except (OSError, Problem) as error:
+            if not full(error) or job.stop.event.wait(1):
+                raise
+            if not said:
+                job.screen.line(f"waits for room on the disk: {error}")
+            said = True
 
 def kernel_env(
     scene: plan.Scene,
@@ -161,17 +196,51 @@ def measure(
     cost["cpu_seconds"] = max(round(times.user + times.system, 1), cost.get("cpu_seconds", 0.0))
     cost["peak_memory"] = max(memory, cost.get("peak_memory", 0))
 
-# %% ../../nbs/flow/runner.ipynb #0c3990a3
+# %% ../../nbs/flow/runner.ipynb #9364bf5a
+def hold(
+    job: Job,
+    held: list[psutil.Process],  # those that are stopped now
+) -> list[psutil.Process]:
+    "Stop the run's processes while there is a reason to pause, and let them go on when there is none."
+    paused = bool(job.pause) and not job.stop.count
+    if paused == bool(held):
+        return held
+    found = guard.marked(job.scene.run.dir) if paused else held
+    for process in found:
+        with suppress(psutil.Error):
+            process.suspend() if paused else process.resume()
+    if found:
+        job.screen.line(f"paused: {job.pause}" if paused else "goes on")
+        job.tell("paused" if paused else "resumed", why=job.pause)
+    return found if paused else []
+
+def adjustments(
+    job: Job,
+    stage: str,
+    known: int,  # rows that were told already
+) -> int:
+    "Tell what a training has adjusted in itself since; rows that are told now."
+    file = job.scene.run.dir / "metrics" / f"{stage}.balance.jsonl"
+    rows = disk.read_jsonl(file) if file.exists() else []
+    for row in rows[known:]:
+        job.screen.line(f"{stage}: {row['before']} → {row['after']} ({row['why']})")
+        job.tell("adjusted", stage=stage, **row)
+    return len(rows)
+
+# %% ../../nbs/flow/runner.ipynb #e9edcca3
 def supervise(
     job: Job,
+    stage: str,
     watch,  # flow.engine.Watch of the notebook that is being executed
     timeout: float,  # s; 0 = none
 ) -> dict:
     "Look after a notebook until it ends; what it cost."
     start, cost, deadline, asked = time.monotonic(), {}, None, 0
-    grace = job.scene.config.automation.grace
+    grace, held, told = job.scene.config.automation.grace, [], told_before(job.scene.run, stage)
     while not watch.done.wait(0.25):
+        held, told = hold(job, held), adjustments(job, stage, told)
         now = time.monotonic()
+        start += 0.25 * bool(held)
         measure(watch, cost)
         row = plan.progress(job.scene.run)
         if row:
@@ -182,7 +251,15 @@ def supervise(
             asked, deadline = asked + 1, deadline or now + grace
         if deadline and (now > deadline or job.stop.count > 1):
             guard.reap(job.scene.run.dir)
+    adjustments(job, stage, told)
     return {"seconds": round(time.monotonic() - start, 1), **cost}
+
+def told_before(
+    run: session.Run,
+    stage: str,
+) -> int:
+    "How many adjustments of a stage stand in the events."
+    return sum(e["event"] == "adjusted" and e["stage"] == stage for e in session.events(run))
 
 # %% ../../nbs/flow/runner.ipynb #44bc4a78
 def keep_last(
@@ -200,27 +277,28 @@ def attempt(
     step: plan.Step,
     timeout: float,  # s; 0 = none
 ) -> tuple:
-    "Execute the notebook of a stage once: how it ended (flow.engine.Watch) and what it cost."
+    "Execute the notebook of a stage once: how it ended (flow.engine.Watch), what its kernel printed, what it cost."
     from so8t.flow import engine
 
     run, watch = job.scene.run, engine.Watch()
     output, log = run.notebook(step.stage), run.dir / "logs" / f"{step.stage}.log"
     for folder in (output.parent, log.parent):
-        folder.mkdir(exist_ok=True)
+        patiently(job, folder.mkdir, exist_ok=True)
     keep_last(output)
+    before = log.stat().st_size if log.exists() else 0
     (run.dir / "progress.json").unlink(missing_ok=True)
     parameters = {"config": str(run.dir / "config.yaml"), "run": run.id}
     what = (job.scene.code.notebook(step.stage), output, parameters, kernel_env(job.scene), output.parent, job.scratch,
             log, watch)
     work = threading.Thread(target=engine.execute, args=what, daemon=True)
     work.start()
-    cost = supervise(job, watch, timeout)
+    cost = supervise(job, step.stage, watch, timeout)
     work.join()
     guard.reap(run.dir)
     if output.exists():
-        engine.settle(output, watch)
-        engine.render(output)
-    return watch, cost
+        patiently(job, engine.settle, output, watch)
+        patiently(job, engine.render, output)
+    return watch, log.read_bytes()[before:].decode("utf-8", "replace") if log.exists() else "", cost
 
 # %% ../../nbs/flow/runner.ipynb #59ca147e
 def stage_settings(
@@ -233,14 +311,65 @@ def stage_settings(
     return (config.automation.timeout if timeout is None else timeout,
             config.automation.retries if retries is None else retries)
 
-def newest_checkpoint(
+def furthest(
     run: session.Run,
     stage: str,
-) -> str:
-    "The name of the newest checkpoint of a stage."
-    return max((c.name for c in session.checkpoints(run, stage)), default="")
+) -> int:
+    "The step of the newest checkpoint of a stage; -1 where there is none."
+    return max((int(c.name.split("-")[0]) for c in session.checkpoints(run, stage)), default=-1)
 
-# %% ../../nbs/flow/runner.ipynb #f014bd25
+def limit(
+    kind: recovery.Kind,
+    problem: bool,  # it is a Problem: one clear line for a person
+    retries: int,  # as configured
+) -> int:
+    "How often a stage is tried again after errors of a kind, without progress."
+    if not retries or (problem and not {"wait", "room"} & set(kind.steps)) or (problem and kind == recovery.UNKNOWN):
+        return 0
+    return retries if kind.attempts is None else kind.attempts
+
+# %% ../../nbs/flow/runner.ipynb #4dc8bf6c
+def wait_for_room(
+    job: Job,
+) -> str:
+    "Wait until the disk has room to work; how long that took, in words."
+    needed, begun = 1.5 * job.scene.config.automation.balance.free_disk, time.monotonic()
+    while disk.free_bytes(job.scene.run.dir) < needed and not job.stop.event.wait(1):
+        continue
+    return f"waited {time.monotonic() - begun:.0f} s for {needed / 1e6:,.0f} MB of room"
+
+def prepare(
+    job: Job,
+    stage: str,
+    kind: recovery.Kind,
+    error: str,
+    number: int,  # which attempt after this kind of error, from 1
+    most: int,  # attempts allowed
+):
+    "What the table says is done before the next attempt; it is told as an event."
+    tried = patiently(job, recovery.remedy, job.scene.run, stage, kind, error)
+    job.screen.line(f"{stage}: {kind.kind}: {'; '.join([*tried, f'attempt {number} of {most}'])}")
+    if "room" in kind.steps:
+        tried.append(wait_for_room(job))
+    if "wait" in kind.steps:
+        pause = recovery.pause(job.scene.config.automation.backoff, number)
+        job.screen.line(f"{stage}: again in {pause:.1f} s")
+        job.stop.event.wait(pause)
+        tried.append(f"waited {pause:.1f} s")
+    job.tell("recovery", stage=stage, kind=kind.kind, error=error, tried=tried, attempt=number, of=most)
+
+# %% ../../nbs/flow/runner.ipynb #bb6e2b87
+def why_failed(
+    watch,  # flow.engine.Watch
+    printed: str,  # by the kernel, in this attempt
+    tried: Counter,  # attempts by kind
+    retries: int,  # as configured
+) -> tuple[recovery.Kind, int, bool]:
+    "The kind of an error, how many attempts it is worth, and whether they are used up."
+    kind = recovery.classify(watch.name, watch.error, printed[-4000:])
+    most = limit(kind, watch.problem, retries)
+    return kind, most, tried[kind.kind] >= most
+
 def run_stage(
     job: Job,
     step: plan.Step,
@@ -248,32 +377,35 @@ def run_stage(
 ) -> plan.Step | str:
     "The step with its artifact; or how it ended without one: failed or interrupted."
     run, (timeout, retries) = job.scene.run, stage_settings(job.scene.config, step.stage)
-    tried = 0
-    while True:
-        reached = newest_checkpoint(run, step.stage)
-        session.log(run, "stage_started", stage=step.stage, fingerprint=step.fingerprint, reason=step.reason)
-        plan.save_view(job.scene)
-        watch, cost = attempt(job, step, timeout)
-        after = plan.decide(replace(job.scene, force=()), step.stage, done)
-        if after.action == "skip":
-            session.log(run, "stage_finished", stage=step.stage, fingerprint=step.fingerprint, warning=watch.error, **cost)
-            return after
-        outcome = watch.outcome
-        if outcome == "ran":
-            outcome, watch.error = "unpublished", "it reached its end without publishing its artifact"
-        said = {"outcome": "interrupted" if outcome == "interrupted" else "failed", "how": outcome}
-        session.log(run, "stage_ended", stage=step.stage, cell=watch.cell, error=watch.error, **said, **cost)
-        if said["outcome"] == "interrupted":
+    tried, reached, after = Counter(), furthest(run, step.stage), {}
+    while not job.stop.count:
+        job.tell("stage_started", stage=step.stage, fingerprint=step.fingerprint, reason=step.reason)
+        patiently(job, plan.save_view, job.scene)
+        watch, printed, cost = attempt(job, step, timeout)
+        now = plan.decide(replace(job.scene, force=()), step.stage, done)
+        if now.action == "skip":
+            job.tell("stage_finished", stage=step.stage, fingerprint=step.fingerprint, warning=watch.error, **after, **cost)
+            return now
+        if watch.outcome == "ran":
+            watch.outcome, watch.error = "unpublished", "it reached its end without publishing its artifact"
+        if furthest(run, step.stage) > reached:
+            tried.clear()
+        reached = max(reached, furthest(run, step.stage))
+        kind, most, over = why_failed(watch, printed, tried, retries)
+        stopped = watch.outcome == "interrupted"
+        error = recovery.sentence(kind, watch.error) if over and not stopped and not watch.problem else watch.error
+        said = {"outcome": "interrupted" if stopped else "failed", "how": watch.outcome, "kind": kind.kind * (not stopped), **after}
+        job.tell("stage_ended", stage=step.stage, cell=watch.cell, error=error, **said, **cost)
+        if stopped:
             return "interrupted"
         where = f" in code cell {watch.cell}" if watch.cell else ""
-        job.screen.line(f"{step.stage}: {outcome}{where}: {watch.error}")
-        tried = 1 if newest_checkpoint(run, step.stage) != reached else tried + 1
-        if watch.problem or tried > retries:
+        job.screen.line(f"{step.stage}: {watch.outcome}{where}: {watch.error}")
+        if over:
             return "failed"
-        pause = job.scene.config.automation.backoff * 2 ** (tried - 1)
-        job.screen.line(f"{step.stage}: again in {pause:g} s ({tried} of {retries} retries)")
-        if job.stop.event.wait(pause):
-            return "interrupted"
+        tried[kind.kind] += 1
+        after = {"after": kind.kind}
+        prepare(job, step.stage, kind, watch.error, tried[kind.kind], most)
+    return "interrupted"
 
 # %% ../../nbs/flow/runner.ipynb #aa2a41a6
 def run_stages(
@@ -298,8 +430,8 @@ def run_stages(
             job.screen.line(f"{name}: finished")
         elif step.action == "reuse":
             maker = session.Run(step.artifact.parents[2])
-            session.take_from(scene.run, maker, name, step.fingerprint)
-            session.log(scene.run, "stage_reused", stage=name, fingerprint=step.fingerprint, maker=maker.id)
+            patiently(job, session.take_from, scene.run, maker, name, step.fingerprint)
+            job.tell("stage_reused", stage=name, fingerprint=step.fingerprint, maker=maker.id)
             job.screen.line(f"{name}: {step.reason}")
         else:
             job.screen.line(f"{name}: {step.reason}")
@@ -308,11 +440,12 @@ def run_stages(
             return "interrupted"
     return "completed"
 
-# %% ../../nbs/flow/runner.ipynb #bd46e79b
+# %% ../../nbs/flow/runner.ipynb #a856f882
 def execute(
     scene: plan.Scene,  # with a run
     names: list[str],  # the stages that may run
     screen: PlainScreen,
+    beside=(),  # context managers, each made with the job: what stands beside the run (measures, tells, holds a GPU)
 ) -> int:
     "Execute what is left of a run, as its only runner; the exit code."
     run = scene.run
@@ -323,13 +456,17 @@ def execute(
     try:
         guard.reap(run.dir)
         disk.collect_garbage(run.dir)
-        session.log(run, "run_started", pid=os.getpid(), boot=disk.boot_id())
         with TemporaryDirectory(prefix="so8t-") as scratch, guarded(run, Path(scratch)), screen, signals(Stop()) as stop:
-            status = stages_or_reason(Job(scene, screen, stop, Path(scratch)), names)
-        session.log(run, "run_ended", status=status)
+            job = Job(scene, screen, stop, Path(scratch))
+            with ExitStack() as others:
+                for make in beside:
+                    others.enter_context(make(job))
+                job.tell("run_started", pid=os.getpid(), boot=disk.boot_id())
+                status = stages_or_reason(job, names)
+                job.tell("run_ended", status=status)
     finally:
         lock.release()
-    plan.save_view(replace(scene, force=()))
+    patiently(job, plan.save_view, replace(scene, force=()))
     return {"failed": FAILED, "interrupted": INTERRUPTED}.get(status, FINISHED)
 
 # %% ../../nbs/flow/runner.ipynb #a131d7a7
@@ -353,5 +490,5 @@ def stages_or_reason(
     try:
         return run_stages(job, names)
     except BaseException as error:
-        session.log(job.scene.run, "run_ended", status="failed", error=f"{type(error).__name__}: {error}"[:500])
+        job.tell("run_ended", status="failed", error=f"{type(error).__name__}: {error}"[:500])
         raise
