@@ -19,15 +19,15 @@ from so8t.train import units
 from so8t.train.checkpoint import Checkpointer, latest, rng_state, set_rng_state
 
 torch.set_num_threads(1)
-STEPS = {"sft": 24, "ppo": 16}
+STEPS = {"sft": 24, "ppo": 16, "dpo": 12}
 CHILD = f"""
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from so8t.flow.config import Lora, Ppo, Sft
+from so8t.flow.config import Dpo, Lora, Ppo, Sft
 from so8t.model import adapter
-from so8t.train import ppo, sft, units
+from so8t.train import dpo, ppo, sft, units
 from so8t.train.checkpoint import Checkpointer
 kind, base, folder = sys.argv[1], *map(Path, sys.argv[2:])
 words = {WORDS!r}
@@ -37,11 +37,16 @@ rows = [{{"lang": "en", "prompt": f"Tell me {{i}} ways to {{text}}", "verdict": 
 settings = Sft(steps={STEPS["sft"]}, batch=4, micro_batch=2, learning_rate=1e-2, max_tokens=192,
                lora=Lora(rank=4, dropout=0.1))
 work = sft.Training(base, rows, settings, "cpu", 0, quantization="nf4")
+if kind != "sft":
+    adapter.save(work.model, base / ("start-" + kind))
 if kind == "ppo":
-    adapter.save(work.model, base / "start")
     settings = Ppo(iterations=4, rollouts=4, chunk=2, minibatch=2, micro_batch=1, epochs=1, max_new_tokens=24,
                    learning_rate=1e-3)
-    work = ppo.Ppo(ppo.Policy(base, base / "start", settings, "cpu", quantization="nf4"), rows, 0)
+    work = ppo.Ppo(ppo.Policy(base, base / "start-ppo", settings, "cpu", quantization="nf4"), rows, 0)
+if kind == "dpo":
+    settings = Dpo(steps={STEPS["dpo"]}, batch=4, micro_batch=2, max_tokens=192)
+    pairs = dpo.pairs_of(rows)
+    work = dpo.Dpo(dpo.trainer_of(base, base / "start-dpo", pairs, settings, "cpu", quantization="nf4"), settings, 0)
 saver = Checkpointer(folder / "checkpoints", {{"base": "tiny"}}, every=0.1, keep=3, stall=0.9)
 units.run(work, saver, folder / "metrics.jsonl", lambda done, total, note: print(done, flush=True))
 adapter.save(work.model, folder / "adapter")
@@ -112,7 +117,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes(base, whole, tmp_path, see
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these to another process")
 def test_asked_to_stop_it_loses_no_step(base, whole, tmp_path):
     kind = whole[0]
-    for step, how in ((5, signal.SIGTERM), (12, signal.SIGINT)):
+    for step, how in ((4, signal.SIGTERM), (9, signal.SIGINT)):
         child = start(kind, base, tmp_path)
         last = stop_at(child, step, how)
         assert f"{last:08d}-emergency" in names(tmp_path) and child.returncode != 0
