@@ -299,7 +299,7 @@ def test_the_reference_has_every_key():
     keys = {row[0] for row in configs.schema_rows()}
     leaves = configs.flat(configs.Config(name="a", stages=["base"]).model_dump()).keys() - {"custom"}
     rows = {"stages[]": ("name", "timeout", "retries"), "training.search.over[]": configs.Span.model_fields,
-            "research.agents[]": configs.Agent.model_fields}
+            "research.agents[]": configs.Agent.model_fields, "data.sources[]": configs.Source.model_fields}
     assert keys == leaves | {f"{path}.{name}" for path, names in rows.items() for name in names}
     assert all(row[3].endswith(".") for row in configs.schema_rows())
     assert '| `data.languages` | list of en, ja, at least 1 | `["en", "ja"]` | Languages' in configs.reference()
@@ -308,7 +308,7 @@ def test_the_reference_has_every_key():
 def test_the_sources_are_those_of_the_data_room():
     from so8t.data.sources import PUBLIC
 
-    assert set(configs.SOURCES) == {"own", *PUBLIC}
+    assert set(configs.SOURCES) == {"own", "web", "research", *PUBLIC}
 
 
 def test_nothing_heavy_is_imported():

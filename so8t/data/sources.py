@@ -262,8 +262,8 @@ def collect(
     root: Path,  # the workspace
 ) -> tuple[list[dict], list[dict]]:
     "All rows, in the order of the sources, and a record for each source that there is."
-    taken = [collect_one(name, licences, rows_per_source, root) for name in dict.fromkeys(names)]
-    return [row for part, _ in taken for row in part], [record for _, record in taken] + [idle(s) for s in PUBLIC.values() if s.name not in names]
+    taken = [collect_one(name, licences, rows_per_source, root) for name in dict.fromkeys(map(str, names))]
+    return [row for part, _ in taken for row in part], [record for _, record in taken] + [idle(s) for s in PUBLIC.values() if s.name not in map(str, names)]
 
 # %% ../../nbs/data/sources.ipynb #feadfed4
 def save(
