@@ -6,13 +6,13 @@
 __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', 'BASES', 'SOURCES', 'FILES', 'Mapping', 'LICENCES',
            'COMMANDS', 'TOPICS', 'VERDICTS', 'Weight', 'Costs', 'Format', 'UNITS', 'Size', 'TYPES', 'LIMITS', 'WORDS',
            'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse', 'shown', 'Section', 'nearest', 'distinct',
-           'Tiny', 'Model', 'source', 'Mapped', 'Source', 'web_address', 'Web', 'Data', 'Agent', 'Research', 'Lora',
-           'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint', 'Training',
-           'Benchmark', 'Conversion', 'Ollama', 'Upload', 'size', 'Balance', 'Serve', 'Automation', 'Resources',
-           'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows', 'reference',
-           'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace', 'Resolved',
-           'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines', 'freeze',
-           'thaw', 'render']
+           'Tiny', 'Model', 'source', 'Mapped', 'Source', 'Media', 'web_address', 'Web', 'Data', 'Agent', 'Research',
+           'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint',
+           'Training', 'Benchmark', 'Conversion', 'Ollama', 'Upload', 'size', 'Balance', 'Serve', 'Automation',
+           'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows',
+           'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace',
+           'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines',
+           'freeze', 'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #c99bda81
 import configparser
@@ -273,6 +273,14 @@ class Source(Mapped):
     def __str__(self) -> str:
         return self.name or self.file or self.hub
 
+# %% ../../nbs/flow/config.ipynb #c14b2ec0
+class Media(Section):
+    "What a picture or a sound may be (see data.media); what is more is left out, with the reason."
+
+    max_bytes: Count = Field(20_000_000, description="Largest file, bytes.")
+    max_pixels: Count = Field(16_000_000, description="Largest picture, width times height.")
+    max_seconds: Annotated[float, Field(gt=0)] = Field(60.0, description="Longest sound, seconds.")
+
 # %% ../../nbs/flow/config.ipynb #2379af55
 def web_address(text: str) -> str:
     "The address of a web page, if it is one."
@@ -322,6 +330,7 @@ class Data(Section):
     answers: str | None = Field(
         "labels/answers.jsonl", description="What people answered in the queue of data.label, written beside it; null: none.")
     web: Web = Web()
+    media: Media = Media()
 
 # %% ../../nbs/flow/config.ipynb #0babbfaa
 COMMANDS = {
