@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phonenumbers import PhoneMetadata, country_code_for_region, example_number
-from stdnum import iban
+from stdnum import iban, luhn
 from stdnum.jp import in_
 
 from so8t.data.privacy import RULES, Span, find, mask, mask_row, narrow
@@ -96,6 +96,14 @@ def test_twelve_digits_are_a_my_number_only_with_their_check_digit(body, check):
     number = f"{body:011}{check}"
     kinds = [span.kind for span in find(f"これは{number}です", "ja")]
     assert ("MYNUMBER" in kinds) == in_.is_valid(number)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["4111", "5500", "2223", "3530", "6011"]), st.integers(0, 10**12 - 1))
+def test_sixteen_digits_of_a_network_are_a_card_only_if_luhn_says_so(network, body):
+    number = f"{network}{body:012}"
+    kinds = [span.kind for span in find(f"pay with {number} now", "en")]
+    assert ("CARD" in kinds) == luhn.is_valid(number)
 
 
 @pytest.mark.parametrize("number", ["DE89370400440532013000", "GB82WEST12345698765432"])
