@@ -27,7 +27,7 @@ from ..data.verdict import Verdict
 # %% ../../nbs/eval/figures.ipynb #9c3bb0e3
 WIDTH = 5.8  # inches: letters of 10 pt can still be read where a phone shows it 10 cm wide
 INK, MUTED, RULE, PAPER = "#22303C", "#6B7785", "#E3E8ED", "#FFFFFF"
-MODELS = {"A": "#8C96A3", "B": "#0072B2", "C": "#D55E00"}
+MODELS = {"A": "#8C96A3", "B": "#0072B2", "C": "#D55E00", "D": "#009E73"}
 VERDICTS = dict(zip(Verdict, ("#9CCBEA", "#F4CE5C", "#DB7B3C", "#6B1F3A"), strict=True))
 BETTER, WORSE, UNDECIDED, BAND = "#0072B2", "#B3431E", "#8C96A3", "#E6ECF1"
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#FFFFFF", "#CFE3F1", "#6BAED6", "#0B5A94", "#06365C"])
