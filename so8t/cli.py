@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'JsonOption', 'COLOURS', 'DAMAGED', 'schedule',
-           'options', 'main', 'config_path', 'the_run', 'say', 'run', 'start_at', 'note_drift', 'finished_run',
-           'closing_words', 'show_plan', 'scene_for', 'ago', 'duration', 'coloured', 'stage_table', 'checkpoint_table',
-           'status', 'status_page', 'checkpoint', 'list_runs', 'verify', 'report_page', 'report', 'show_config',
-           'doctor', 'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove']
+           'options', 'main', 'config_path', 'the_run', 'say', 'unschedule', 'run', 'start_at', 'note_drift',
+           'finished_run', 'closing_words', 'show_plan', 'scene_for', 'ago', 'duration', 'coloured', 'stage_table',
+           'checkpoint_table', 'status', 'status_page', 'checkpoint', 'list_runs', 'verify', 'report_page', 'report',
+           'show_config', 'doctor', 'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove']
 
 # %% ../nbs/cli.ipynb #2c12dfdb
 import json
@@ -103,6 +103,21 @@ def say(
     "A line on stdout that wraps nowhere."
     print(text)
 
+# %% ../nbs/cli.ipynb #2ea2324d
+def unschedule(
+    scene: plan.Scene,
+    config: str,  # as it was named on the command line
+    today: configs.Resolved,
+):
+    "Remove the scheduled task of a pipeline with stage `cleanup`, once its run is completed."
+    wanted = "cleanup" in plan.stage_names(scene.config) and not scene.config.cleanup.dry_run
+    if not wanted or scene.config.name != today.config.name or not all(s.artifact for s in plan.plan(replace(scene, force=()))):
+        return
+    task, how = task_and_plan(config)
+    if scheduler.installed(how) != "not installed":
+        scheduler.remove(how)
+        say(f"{task.name}: removed from the scheduler ({how.kind})")
+
 # %% ../nbs/cli.ipynb #486a179a
 @app.command()
 def run(
@@ -138,6 +153,7 @@ def run(
         return show_plan(scene, steps, names, as_json)
     note_drift(scene, today, config)
     if steps and all(s.artifact for s in steps) and not new:
+        unschedule(scene, config, today)
         return say(f"{finished_run(scene)} is completed and nothing has changed; --new starts another")
     checks.refuse(checks.examine(workspace, scene.config))
     scene = runner.ready(workspace, today, wish)
@@ -145,6 +161,7 @@ def run(
         start_at(scene.run, resume_from)
     code = runner.execute(scene, names, screen(scene.config.logging.progress_seconds))
     closing_words(scene, code)
+    unschedule(scene, config, today)
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #1e0d7b29

@@ -8,11 +8,11 @@ __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', '
            'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse', 'shown', 'Section', 'nearest', 'distinct',
            'Tiny', 'Model', 'source', 'Mapped', 'Source', 'Media', 'web_address', 'Web', 'Data', 'Agent', 'Research',
            'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint',
-           'Training', 'Benchmark', 'Conversion', 'Ollama', 'Upload', 'size', 'Balance', 'Serve', 'Automation',
-           'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows',
-           'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace',
-           'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines',
-           'freeze', 'thaw', 'render']
+           'Training', 'Benchmark', 'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance', 'Serve',
+           'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of',
+           'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings',
+           'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section',
+           'frozen_lines', 'freeze', 'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #c99bda81
 import configparser
@@ -639,6 +639,12 @@ class Upload(Section):
         file = Path(self.token_file).expanduser() if self.token_file else None
         return os.environ.get(self.token_env, "").strip() or (file.read_text().strip() if file and file.is_file() else "")
 
+
+class Cleanup(Section):
+    "What happens after success to checkpoints that are no longer needed, and to the scheduled task."
+
+    dry_run: bool = Field(False, description="List what would go, and remove nothing.")
+
 # %% ../../nbs/flow/config.ipynb #86d4cb9a
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -793,6 +799,7 @@ class Config(Section):
     conversion: Conversion = Conversion()
     ollama: Ollama = Ollama()
     upload: Upload = Upload()
+    cleanup: Cleanup = Cleanup()
     serve: Serve = Serve()
     automation: Automation = Automation()
     resources: Resources = Resources()
