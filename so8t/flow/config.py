@@ -8,11 +8,11 @@ __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', '
            'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse', 'shown', 'Section', 'nearest', 'distinct',
            'Tiny', 'Model', 'source', 'Mapped', 'Source', 'Media', 'web_address', 'Web', 'Data', 'Agent', 'Research',
            'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint',
-           'Training', 'Benchmark', 'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance', 'Serve',
-           'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of',
-           'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings',
-           'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section',
-           'frozen_lines', 'freeze', 'thaw', 'render']
+           'Training', 'difference', 'Benchmark', 'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance',
+           'Serve', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words',
+           'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace',
+           'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load',
+           'section', 'frozen_lines', 'freeze', 'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #c99bda81
 import configparser
@@ -574,12 +574,22 @@ class Training(Section):
     dpo: Dpo = Dpo()
     checkpoint: Checkpoint = Checkpoint()
 
-# %% ../../nbs/flow/config.ipynb #b1df8fc3
+# %% ../../nbs/flow/config.ipynb #6e2b4959
 Format = Literal["f16", "q8_0", "q4_k_m"]
 
-class Benchmark(Section):
-    "How A and B are compared."
+def difference(text: str) -> str:
+    "Two models to compare, the one to judge first."
+    if not re.fullmatch(r"([A-Z])-(?!\1)[A-Z]", text):
+        raise ValueError(f"{text} names no comparison; C-A asks whether C is better than A")
+    return text
 
+class Benchmark(Section):
+    "How the models are compared."
+
+    comparisons: Annotated[list[Annotated[str, AfterValidator(difference)]], Field(min_length=1), AfterValidator(distinct)] = (
+        Field(["C-A", "B-A", "C-B", "D-A", "C-D"], description="Declared before the run: C-A asks whether C is better than "
+              "A. The first is the headline; one whose models are not there is left out."))
+    margin: Share = Field(0.02, description="Loss of accuracy that would not matter: C is no worse than A by more.")
     items: Count | None = Field(None, description="At most so many test prompts; null: all.")
     batch: Count = Field(16, description="Prompts judged at once.")
     bootstrap: Annotated[int, Field(ge=100)] = Field(2000, description="Resamples behind each interval.")
