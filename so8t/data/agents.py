@@ -92,8 +92,8 @@ def prompt_for(
     q: Question,
 ) -> str:
     "What the agent is told."
-    words = {"topic": q.topic, "language": LANGUAGES[q.lang], "verdict": q.verdict, "number": q.number, "schema": SCHEMA}
-    return Template(asset("research.txt")).substitute(words)
+    words = {"topic": q.topic, "language": LANGUAGES[q.lang], "verdict": q.verdict, "number": q.number}
+    return Template(asset("research.txt")).substitute(words, schema=SCHEMA)
 
 # %% ../../nbs/data/agents.ipynb #db651434
 class Reply(BaseModel):
@@ -143,7 +143,8 @@ def unwrapped(
         used = [model["tokens"] for model in whole["stats"]["models"].values()]
         written = sum(tokens["candidates"] + tokens.get("thoughts", 0) for tokens in used)
         return Reply(text=whole["response"], read=sum(tokens["prompt"] for tokens in used), written=written)
-    said = [e["item"]["text"] for e in events if e.get("type") == "item.completed" and e["item"]["type"] == "agent_message"]
+    items = [e["item"] for e in events if e.get("type") == "item.completed"]
+    said = [item["text"] for item in items if item["type"] == "agent_message"]
     used = next((e["usage"] for e in reversed(events) if e.get("type") == "turn.completed"), {})
     return Reply(text=said[-1] if said else text, read=used.get("input_tokens"), written=used.get("output_tokens"))
 
@@ -219,10 +220,11 @@ def post(
     timeout: float,  # s
 ) -> tuple[httpx.Response, bytes]:
     "What an endpoint sends back, read within the time."
+    url = f"{agent.url.rstrip('/')}/chat/completions"
     headers = {"Authorization": f"Bearer {os.environ[agent.key]}"} if agent.key else {}
     deadline, data = time.monotonic() + timeout, b""
     try:
-        with httpx.stream("POST", f"{agent.url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=timeout) as found:
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=timeout) as found:
             for part in found.iter_bytes():
                 data += part
                 if time.monotonic() > deadline or len(data) > MOST:
@@ -249,8 +251,8 @@ def call_endpoint(
                       f"{complaint(data.decode('utf-8', 'replace'))}; look at url, model and key")
     try:
         said = json.loads(data)
-        used = said.get("usage") or {}
-        return Reply(text=said["choices"][0]["message"]["content"], read=used.get("prompt_tokens"), written=used.get("completion_tokens"))
+        text, used = said["choices"][0]["message"]["content"], said.get("usage") or {}
+        return Reply(text=text, read=used.get("prompt_tokens"), written=used.get("completion_tokens"))
     except (AttributeError, LookupError, TypeError, ValueError):
         raise Fault("it answered something other than OpenAI's protocol says") from None
 
@@ -395,16 +397,19 @@ def harvest(
     found = Harvest()
     for i, q in enumerate(asked):
         found.take(q, agents[i % len(agents)], replies[i], check)
+    if not found.rows:
+        raise Problem(f"research: of {len(asked)} answers none is a row; the first: {found.refused[0]['reason']}")
     return found
 
-# %% ../../nbs/data/agents.ipynb #cc3e21e8
+# %% ../../nbs/data/agents.ipynb #142dd374
 def own():
     "A command: reads a prompt on standard input and prints a row of our own set, as an agent would."
     prompt = sys.stdin.buffer.read().decode("utf-8")
-    wish = {name: re.search(rf"{name}: (\w+)", prompt)[1] for name in ("Language", "Right verdict")}
-    lang = {name: lang for lang, name in LANGUAGES.items()}[wish["Language"]]
+    topic, language, verdict = re.search(r"Topic: (.*)\. Language: (\w+)\. Right verdict: (\w+)", prompt).groups()
+    lang = {name: lang for lang, name in LANGUAGES.items()}[language]
     rows = [json.loads(line) for line in asset(f"prompts.{lang}.jsonl").splitlines()]
-    rows = [row for row in rows if row["verdict"] == wish["Right verdict"]]
+    rows = [row for row in rows if row["verdict"] == verdict]
+    rows = [row for row in rows if row["area"] == topic] or rows
     row = rows[int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % len(rows)]
     answer = {name: row[name] for name in Answer.model_fields if name in row} | {"sources": []}
     sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=False).encode("utf-8"))
@@ -418,7 +423,8 @@ def usable(
     terms = "its licence {} is not in data.licences: say under which terms you may train on its answers"
     why = [agent.lacks() or (agent.licence not in licences) * terms.format(agent.licence) for agent in agents]
     if all(why):
-        raise Problem("research.agents: none can be asked: " + "; ".join(f"{a.name}: {w}" for a, w in zip(agents, why, strict=True)))
+        each = "; ".join(f"{agent.name}: {reason}" for agent, reason in zip(agents, why, strict=True))
+        raise Problem(f"research.agents: none can be asked: {each}")
     return [(agent.name, not reason, reason) for agent, reason in zip(agents, why, strict=True)]
 
 # %% ../../nbs/data/agents.ipynb #5073c82e
