@@ -7,7 +7,8 @@ __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'Json
            'options', 'main', 'config_path', 'the_run', 'say', 'unschedule', 'run', 'start_at', 'note_drift',
            'finished_run', 'closing_words', 'show_plan', 'scene_for', 'ago', 'duration', 'coloured', 'stage_table',
            'checkpoint_table', 'status', 'status_page', 'checkpoint', 'list_runs', 'verify', 'report_page', 'report',
-           'show_config', 'doctor', 'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove']
+           'show_config', 'doctor', 'needs_table', 'task_and_plan', 'schedule_install', 'schedule_status',
+           'schedule_remove', 'recover', 'clean']
 
 # %% ../nbs/cli.ipynb #2c12dfdb
 import json
@@ -31,7 +32,10 @@ from .flow import config as configs
 from .flow import disk, plan, runner, session
 from .flow.problem import Problem
 from .flow.screen import screen
+from .ops import clean as cleaning
 from .ops import doctor as checks
+from .ops import estimate, gpu, monitor
+from .ops import recovery as recovering
 from .ops import schedule as scheduler
 
 # %% ../nbs/cli.ipynb #438b401d
@@ -131,6 +135,8 @@ def run(
     force: Annotated[list[str], typer.Option("--force", metavar="STAGE", help="Run it in a new run even if it is finished; may be repeated.")] = [],  # noqa: B006
     resume_from: Annotated[str, typer.Option("--resume-from", metavar="CHECKPOINT", help="Go on from this checkpoint of the run (`sft/00000040-rolling`, or a path); newer ones are set aside.")] = "",
     reuse: Annotated[bool, typer.Option("--reuse/--no-reuse", help="Take artifacts with the same fingerprint from other runs.")] = True,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Start even if the doctor says that it cannot finish here.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait while another run of this workspace uses the GPU, or say so and end.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
     as_json: JsonOption = False,
 ):
@@ -155,11 +161,13 @@ def run(
     if steps and all(s.artifact for s in steps) and not new:
         unschedule(scene, config, today)
         return say(f"{finished_run(scene)} is completed and nothing has changed; --new starts another")
-    checks.refuse(checks.examine(workspace, scene.config))
+    if not anyway and not (scene.run and session.holder(scene.run)):
+        checks.refuse(checks.examine(workspace, scene.config))
     scene = runner.ready(workspace, today, wish)
     if resume_from:
         start_at(scene.run, resume_from)
-    code = runner.execute(scene, names, screen(scene.config.logging.progress_seconds))
+    beside = [gpu.one_at_a_time(wait), monitor.beside]
+    code = runner.execute(scene, names, screen(scene.config.logging.progress_seconds), beside)
     closing_words(scene, code)
     unschedule(scene, config, today)
     raise typer.Exit(code)
@@ -301,26 +309,31 @@ def status(
     run_id: RunArgument = "",
     as_json: JsonOption = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds until the run ends or Ctrl-C.")] = False,
+    prometheus: Annotated[bool, typer.Option("--prometheus", help="Run and machine as text for Prometheus.")] = False,
 ):
     """Show a run: its stages with attempts, times and artifacts, and its checkpoints with their age and whether they verify."""
     workspace = configs.workspace()
     scene = scene_for(workspace, the_run(workspace, run_id))
     seen = plan.view(scene)
-    if as_json:
-        return say(json.dumps(seen, ensure_ascii=False))
+    if as_json or prometheus:
+        return print(monitor.prometheus(seen, monitor.latest(scene.run)), end="") if prometheus else say(json.dumps(seen, ensure_ascii=False))
     if not watch:
-        return console.print(status_page(seen))
-    with suppress(KeyboardInterrupt), Live(status_page(seen), console=console, auto_refresh=False) as live:
+        return console.print(status_page(scene, seen))
+    with suppress(KeyboardInterrupt), Live(status_page(scene, seen), console=console, auto_refresh=False) as live:
         while seen["status"] == "running":
             time.sleep(2)
             seen = plan.view(scene)
-            live.update(status_page(seen), refresh=True)
+            live.update(status_page(scene, seen), refresh=True)
 
 def status_page(
+    scene: plan.Scene,
     seen: dict,  # from plan.view
 ) -> Group:
-    "Stages, and checkpoints where there are any."
-    return Group(*([stage_table(seen)] + ([checkpoint_table(seen)] if seen["checkpoints"] else [])))
+    "Stages, checkpoints where there are any, and the machine where it was measured."
+    machine, left = monitor.latest(scene.run), monitor.line(scene.run)
+    parts = [stage_table(seen)] + [checkpoint_table(seen)] * bool(seen["checkpoints"])
+    parts += [f"  {seen['progress']['stage']}: done in {duration(left['eta_seconds'])}"] * ("eta_seconds" in left and seen["status"] == "running")
+    return Group(*parts, *([f"  {monitor.said(machine)}  ({ago(machine['time'])} ago)"] if machine else []))
 
 # %% ../nbs/cli.ipynb #f27208fc
 @app.command()
@@ -357,26 +370,30 @@ def list_runs(
             seen = {"id": found.id, "pipeline": "", "status": f"unreadable: {problem}", "stages": [], "updated": None}
         done = sum(s["status"] == "finished" for s in seen["stages"])
         rows.append({"id": seen["id"], "pipeline": seen["pipeline"], "status": seen["status"], "finished": done,
-                     "stages": len(seen["stages"]), "updated": seen["updated"], "path": str(found.dir)})
+                     "stages": len(seen["stages"]), "updated": seen["updated"], "path": str(found.dir),
+                     "expires": cleaning.expires(found) if seen["pipeline"] else None})
     if as_json:
         return say(json.dumps(rows, ensure_ascii=False))
-    table = Table("run", "status", "stages", "last heard", box=box.SIMPLE)
+    table = Table("run", "status", "stages", "last heard", "expires", box=box.SIMPLE)
     for row in rows:
-        table.add_row(row["id"], coloured(row["status"]), f"{row['finished']} of {row['stages']}", f"{ago(row['updated'])} ago" if row["updated"] else "")
+        table.add_row(row["id"], coloured(row["status"]), f"{row['finished']} of {row['stages']}",
+                      f"{ago(row['updated'])} ago" if row["updated"] else "", (row["expires"] or "")[:10])
     console.print(table if rows else f"no run in {workspace.runs} yet: so8t run")
 
-# %% ../nbs/cli.ipynb #db469a4c
+# %% ../nbs/cli.ipynb #9b615afe
 DAMAGED = 3
 
 @app.command()
 def verify(
     run_id: Annotated[str, typer.Argument(help="The run's name; else all runs.", show_default="all runs")] = "",
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="The checkpoints alone.")] = False,
     as_json: JsonOption = False,
 ):
     """Hash every artifact and every checkpoint again, and name what is damaged (exit code 3)."""
     workspace = configs.workspace()
     chosen = [session.run_named(workspace, run_id)] if run_id else session.runs(workspace)
-    folders = [f for r in chosen for pattern in ("code/", "artifacts/*/*/", "checkpoints/*/[0-9]*/") for f in sorted(r.dir.glob(pattern))]
+    patterns = ("code/", "artifacts/*/*/", "checkpoints/*/[0-9]*/")[2 * checkpoints:]
+    folders = [f for r in chosen for pattern in patterns for f in sorted(r.dir.glob(pattern))]
     kept = [f for f in folders if f.is_dir() and not f.name.startswith(".") and ".damaged-" not in f.name]
     rows = [{"path": f.relative_to(workspace.runs).as_posix(), "damage": disk.verify(f)} for f in kept]
     damaged = [row for row in rows if row["damage"]]
@@ -431,15 +448,16 @@ def show_config(
         table.add_row(key, str(value), f"[dim]{origin}[/]" if origin == "default" else f"[bold]{origin}[/]")
     console.print(table)
 
-# %% ../nbs/cli.ipynb #f17ced19
+# %% ../nbs/cli.ipynb #7a2ef108
 @app.command()
 def doctor(
     config: ConfigArgument = "",
     as_json: JsonOption = False,
 ):
-    """Look at Python, packages, memory, disk, GPU and the runs folder, before a run does."""
+    """Look, before a run does, at all that it will need: packages, memory, disk, GPU, Hub, Ollama, and what would interrupt it."""
     workspace = configs.workspace()
-    found = checks.examine(workspace, configs.load(config_path(workspace, config)).config)
+    resolved = configs.load(config_path(workspace, config))
+    found = checks.examine(workspace, resolved.config)
     if as_json:
         say(json.dumps([asdict(c) for c in found], ensure_ascii=False))
     else:
@@ -447,8 +465,18 @@ def doctor(
         table = Table("check", "", "found", "advice", box=box.SIMPLE)
         for c in found:
             table.add_row(c.name, marks[c.status], c.found, c.advice)
-        console.print(table)
+        console.print(table, needs_table(resolved.config))
     raise typer.Exit(2 if any(c.status == "abort" for c in found) else 0)
+
+def needs_table(
+    config: configs.Config,
+) -> Table | str:
+    "What the configuration will need, line by line."
+    shape = estimate.shape_of(config.model)
+    table = Table("estimate", "where", "", title="what it will need", box=box.SIMPLE, title_justify="left")
+    for need in estimate.needs(config, shape) if shape else []:
+        table.add_row(need.what, need.where, f"{need.bytes / 1e6:,.0f} MB")
+    return table if shape else ""
 
 # %% ../nbs/cli.ipynb #74a2ae14
 schedule = typer.Typer(no_args_is_help=True, help="Let the system call `so8t run CONFIG` whenever the machine is on again.")
@@ -494,3 +522,40 @@ def schedule_remove(
     task, plan = task_and_plan(config)
     scheduler.remove(plan)
     say(f"{task.name}: removed ({plan.kind})")
+
+# %% ../nbs/cli.ipynb #76d98181
+@app.command()
+def recover(
+    run_id: RunArgument = "",
+    scan: Annotated[bool, typer.Option("--scan", help="Explain its errors so far (this is what happens without an option).")] = False,
+    watch: Annotated[bool, typer.Option("--monitor", help="Go on explaining until the run ends or Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+):
+    """Explain the errors of a run: what each was, what was tried, what came of it, what a person can do."""
+    found, number = the_run(configs.workspace(), run_id), 0
+    rows = recovering.follow(found) if watch and not scan else recovering.explain(found)
+    if as_json:
+        return say(json.dumps(list(rows), ensure_ascii=False))
+    with suppress(KeyboardInterrupt):
+        for number, row in enumerate(rows, 1):
+            came = f"; then it {row['came']}" if row["came"] else ""
+            say(f"{row['time'][:19]} {row['stage']}: {row['kind']}: {row['error']}")
+            say(f"    tried: {', '.join(row['tried']) or 'nothing'}{came}; against this: {row['would']}")
+    if not number:
+        say(f"{found.id}: no errors")
+
+# %% ../nbs/cli.ipynb #6784a831
+@app.command()
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Expired runs that are not completed go too.")] = False,
+    as_json: JsonOption = False,
+):
+    """Remove runs older than `automation.session_expires_after`; never the newest of a pipeline, nor one that another one uses."""
+    verdicts = cleaning.expired(configs.workspace(), unfinished)
+    gone = [v for v in verdicts if v.goes and (dry_run or cleaning.remove(v))]
+    if as_json:
+        return say(json.dumps([{"run": v.run.id, "goes": v in gone, "why": v.why, "bytes": v.size} for v in verdicts], ensure_ascii=False))
+    for v in verdicts:
+        say(f"{'would go' if v in gone and dry_run else 'removed' if v in gone else 'stays'}: {v.run.id}: {v.why}")
+    say(f"{len(gone)} of {len(verdicts)} runs{' would go' * dry_run}, {sum(v.size for v in gone) / 1e6:,.0f} MB")
