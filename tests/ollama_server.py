@@ -19,7 +19,7 @@ from threading import Thread
 
 
 class OllamaServer(ThreadingHTTPServer):
-    "Its state is in plain attributes, for tests to look at; `fails` holds status codes that the next creations answer."
+    "Its state is in plain attributes, for tests to look at. `fails`: what the next creations answer."
 
     daemon_threads = True
 
@@ -75,7 +75,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body, server = self.body(), self.server
-        if self.path.startswith("/api/blobs/") and server.takes_models:
+        if not server.takes_models:
+            return self.answer(404, {"error": "not found"})
+        if self.path.startswith("/api/blobs/"):
             digest = self.path.rpartition("/")[2]
             if digest != f"sha256:{hashlib.sha256(body).hexdigest()}":
                 return self.answer(400, {"error": "digest mismatch"})
@@ -88,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             lines = "\n".join(f"{key} {json.dumps(value)}" for key, value in pairs)
             return self.answer(200, {"template": model["template"], "parameters": lines, "model_info": {},
                                      "details": {"format": "gguf"}})
-        if self.path == "/api/create" and server.takes_models:
+        if self.path == "/api/create":
             return self.create(asked)
         self.answer(404, {"error": "not found"})
 
