@@ -598,7 +598,7 @@ class Benchmark(Section):
     sure_from: Share = Field(0.9, description="Least calibrated probability of a verdict that is given without thinking.")
     think_items: Count = Field(48, description="Test prompts that the trained models also think about, in quads.")
     think_tokens: Annotated[int, Field(ge=8)] = Field(200, description="Longest quad, tokens.")
-    examples: Whole = Field(12, description="Prompts shown on which the models differ.")
+    examples: Whole = Field(100, description="Prompts shown on which the models differ.")
     seed: Whole = Field(0, description="Seed of the resamples and the choice of examples.")
 
 class Conversion(Section):
