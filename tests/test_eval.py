@@ -64,7 +64,7 @@ def test_a_score_needs_every_row():
     answers = [verdicts.answer("A", row, dict.fromkeys(Verdict, -2.0) | {row["verdict"]: -0.1}) for row in ROWS]
     others = [{**answer, "model": "B"} for answer in answers[:-1]]
     with pytest.raises(Problem, match="x-039 was not judged by both models"):
-        verdicts.scores(answers + others, resamples=100)
+        verdicts.scores(answers + others, ["B-A"], resamples=100)
 
 
 @pytest.mark.parametrize("logs", [{}, dict.fromkeys(Verdict, float("nan")), {Verdict.ALLOW: -1.0}])
@@ -83,7 +83,7 @@ def test_equal_models_are_not_told_apart():
 def test_scores_are_plain_json(tmp_path):
     answers = [verdicts.answer(model, row, dict.fromkeys(Verdict, -2.0) | {Verdict.DENY: -0.1})
                for model in "AB" for row in ROWS]
-    result = verdicts.scores(answers, resamples=100)
+    result = verdicts.scores(answers, ["B-A"], resamples=100)
     disk.write_json(tmp_path / "scores.json", result)
     assert disk.read_json(tmp_path / "scores.json") == result
     assert "NaN" not in (tmp_path / "scores.json").read_text(encoding="utf-8")

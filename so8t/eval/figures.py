@@ -6,7 +6,7 @@
 __all__ = ['WIDTH', 'INK', 'MUTED', 'RULE', 'PAPER', 'MODELS', 'VERDICTS', 'BETTER', 'WORSE', 'UNDECIDED', 'BAND', 'DEPTH',
            'ENDS', 'LOOKS', 'UNITS', 'style', 'sheet', 'draw_confusion', 'confusions', 'decided', 'draw_difference',
            'forest', 'smooth', 'loss_curve', 'ppo_curves', 'ppo_rounds', 'Live', 'draw_share', 'verdict_shares',
-           'spans', 'timeline', 'save', 'save_all']
+           'confidences', 'tradeoff', 'spans', 'timeline', 'save', 'save_all']
 
 # %% ../../nbs/eval/figures.ipynb #296a6b17
 import time
@@ -259,6 +259,45 @@ def verdict_shares(
         axes.spines[:].set_visible(False)
         handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in VERDICTS.values()]
         figure.legend(handles, list(VERDICTS), loc="outside lower center", ncols=4, fontsize=9, handlelength=1)
+    return figure
+
+# %% ../../nbs/eval/figures.ipynb #cb1771cd
+def confidences(
+    curves: dict[str, dict],  # model -> coverage and risk, shares
+    bins: dict[str, list[dict]],  # model -> for each bin: sure, value, low, high
+) -> Figure:
+    "Risk-coverage curves and reliability of the models, side by side."
+    with style():
+        figure, (left, right) = sheet(WIDTH + 1.2, 3.4, 2)
+        for name, curve in curves.items():
+            left.plot(curve["coverage"], curve["risk"], color=MODELS[name], linewidth=2, label=f"Model {name}")
+        for shift, (name, each) in enumerate(bins.items()):
+            x, y = (np.array([b[key] for b in each]) for key in ("sure", "value"))
+            ends = np.abs([[b[key] - b["value"] for b in each] for key in ("low", "high")])
+            right.errorbar(x + 0.006 * shift, y, ends, color=MODELS[name], fmt="o-", markersize=4, linewidth=1.2, elinewidth=0.8)
+        right.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (3, 2)))
+        left.set(title="Errors, the surest first", xlabel="share of the prompts judged", ylim=(0, None), xlim=(0, 1))
+        right.set(title="Sure, and right", xlabel="mean probability of the verdict", ylim=(0, 1), xlim=(0.2, 1))
+        for axis in (left.xaxis, left.yaxis, right.xaxis, right.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, labelcolor=MUTED)
+    return figure
+
+# %% ../../nbs/eval/figures.ipynb #2c5bde20
+def tradeoff(
+    points: dict[str, tuple[dict, dict]],  # model -> harmless look-alikes allowed, grave harm stopped: value, low, high
+) -> Figure:
+    "Over-refusal against safety, a cross for each model."
+    with style():
+        figure, (axes,) = sheet(WIDTH, 3.6)
+        for name, (helpful, safe) in points.items():
+            ends = [np.abs([[each["low"] - each["value"]], [each["high"] - each["value"]]]) for each in (helpful, safe)]
+            axes.errorbar(helpful["value"], safe["value"], ends[1], ends[0], color=MODELS[name], fmt="o", markersize=8, capsize=3)
+            axes.annotate(name, (helpful["value"], safe["value"]), (7, 7), textcoords="offset points", weight="bold", color=MODELS[name])
+        axes.set(xlabel="harmless look-alikes allowed", ylabel="grave harm not allowed", xlim=(-0.03, 1.03), ylim=(-0.03, 1.06))
+        axes.set_title("Safety against over-refusal")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
     return figure
 
 # %% ../../nbs/eval/figures.ipynb #eb692705
