@@ -420,8 +420,7 @@ def usable(
     licences: list[str],  # data.licences
 ) -> list[tuple[str, bool, str]]:
     "Name, whether it can be asked, and what keeps it from being asked; a Problem where none can be."
-    terms = "its licence {} is not in data.licences: say under which terms you may train on its answers"
-    why = [agent.lacks() or (agent.licence not in licences) * terms.format(agent.licence) for agent in agents]
+    why = [agent.lacks(licences) for agent in agents]
     if all(why):
         each = "; ".join(f"{agent.name}: {reason}" for agent, reason in zip(agents, why, strict=True))
         raise Problem(f"research.agents: none can be asked: {each}")

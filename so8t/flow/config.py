@@ -369,8 +369,10 @@ class Agent(Section):
             raise ValueError(f"{self.name} needs a command or a url{nearest(self.name, list(COMMANDS))}")
         return self
 
-    def lacks(self) -> str:
-        "What keeps it from being asked; nothing where it can be."
+    def lacks(self, licences: list[str]) -> str:
+        "What keeps it from being asked, such as terms that `data.licences` does not allow; nothing where it can be."
+        if self.licence not in licences:
+            return f"its licence {self.licence} is not in data.licences: say under which terms you may train on its answers"
         if self.key and not os.environ.get(self.key):
             return f"the environment variable {self.key} is not set"
         word = self.command[0] if self.command else "{python}"

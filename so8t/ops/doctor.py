@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASK', 'AWAKE', 'Check', 'python', 'packages', 'memory', 'runs_folder', 'hub_token', 'gpu', 'disk_space', 'answer',
-           'hub', 'ollama', 'clock', 'output', 'sleeps', 'interruptions', 'examine', 'refuse']
+           'hub', 'ollama', 'mute', 'agents', 'clock', 'output', 'sleeps', 'interruptions', 'examine', 'refuse']
 
 # %% ../../nbs/ops/doctor.ipynb #bf4d1889
 import importlib.util
@@ -168,6 +168,26 @@ def ollama(
     return Check("Ollama", "fine" if there else "abort" if config.ollama.required else "warn",
                  config.ollama.host if there else f"no answer from {config.ollama.host}", "" if there else "ollama serve")
 
+# %% ../../nbs/ops/doctor.ipynb #a652d2de
+def mute(
+    agent: configs.Agent,
+    licences: list[str],  # data.licences
+) -> str:
+    "Why an agent cannot be asked; nothing where it can be."
+    said = "" if agent.lacks(licences) or agent.command else answer(f"{agent.url.rstrip('/')}/models", os.environ.get(agent.key or "", ""))
+    return agent.lacks(licences) or {0: f"no answer from {agent.url}", 401: "its key is refused", 403: "its key is refused"}.get(said, "")
+
+def agents(
+    config: configs.Config,
+) -> Check:
+    "The agents that stage research will ask; one is enough."
+    if "research" not in plan.stage_names(config):
+        return Check("Agents", "fine", "not needed")
+    why = {agent.name: mute(agent, config.data.licences) for agent in config.research.agents}
+    status = "abort" if all(why.values()) else "warn" if any(why.values()) else "fine"
+    return Check("Agents", status, "; ".join(f"{name}: {reason or 'ready'}" for name, reason in why.items()),
+                 "" if status == "fine" else "install it and log in, or change research.agents")
+
 # %% ../../nbs/ops/doctor.ipynb #cf15a390
 def clock(
     workspace: configs.Workspace,
@@ -224,7 +244,7 @@ def examine(
     space = estimate.total(table, "disk") if table else 0
     said = ", ".join(f"{where} {estimate.total(table, where) / 1e9:.1f} GB" for where in ("GPU", "disk")) if table else "the model is not here yet"
     return [python(), packages(), memory(), Check("Estimate", "fine", said), disk_space(workspace, space, config), gpu(config, estimate.total(table, "GPU")),
-            runs_folder(workspace), hub(config), *hub_token(config), ollama(config), clock(workspace), interruptions()]
+            runs_folder(workspace), hub(config), *hub_token(config), ollama(config), agents(config), clock(workspace), interruptions()]
 
 def refuse(
     checks: list[Check],
