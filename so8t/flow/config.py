@@ -398,6 +398,13 @@ class Research(Section):
     retries: Whole = Field(4, description="Further attempts at a question.")
     backoff: Seconds = Field(5, description="Pause before the first of them, doubled before each further one, s.")
 
+    @field_validator("agents")
+    @classmethod
+    def told_apart(cls, agents: list[Agent]) -> list[Agent]:
+        "Rows say who wrote them."
+        distinct([agent.name for agent in agents])
+        return agents
+
 # %% ../../nbs/flow/config.ipynb #52d7532c
 class Lora(Section):
     "The low-rank adapter."
