@@ -17,9 +17,12 @@ import psutil
 import pytest
 import sentencepiece
 import torch
+from gguf import GGUFReader
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from so8t.flow.problem import Problem
+from so8t.model import burnin
+from so8t.model.judge import LABELS
 from so8t.ship import gguf
 
 torch.set_num_threads(1)
@@ -28,7 +31,7 @@ SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_atte
              max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.3)
 
 
-def tiny(folder: Path, kind: str, seed: int = 0) -> Path:
+def tiny(folder: Path, kind: str, seed: int = 0, shape=()) -> Path:
     folder.mkdir(parents=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -42,9 +45,11 @@ def tiny(folder: Path, kind: str, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     if kind == "phi3":
         rope = {"sliding_window": None, "original_max_position_embeddings": 256}
-        Phi3ForCausalLM(Phi3Config(vocab_size=len(tokenizer), **rope, **SHAPE)).save_pretrained(folder)
+        config = Phi3Config(**{"vocab_size": len(tokenizer)} | rope | SHAPE | dict(shape))
+        Phi3ForCausalLM(config).save_pretrained(folder)
     else:
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
+        config = LlamaConfig(**{"vocab_size": len(tokenizer)} | SHAPE | dict(shape))
+        LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -66,6 +71,80 @@ def test_the_file_depends_on_the_model_alone(tmp_path):
     for folder in (a, b):
         gguf.convert(folder, folder.parent / "model.gguf", "q8_0", name="tiny")
     assert (a.parent / "model.gguf").read_bytes() == (b.parent / "model.gguf").read_bytes()
+
+
+def tensors(path: Path) -> str:
+    "A digest of names, types and contents of the tensors in a .gguf file."
+    digest = hashlib.sha256()
+    for t in sorted(GGUFReader(path).tensors, key=lambda t: t.name):
+        digest.update(t.name.encode() + bytes([int(t.tensor_type)]) + t.data.tobytes())
+    return digest.hexdigest()
+
+
+WIDE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=9)
+NATIVE = {  # (kind, wide): first digits of an F16 file, and of what llama_model_quantize (llama.cpp) makes of it
+    ("llama", True): ("2c746d7ef091b3fb", "d3e129240e33948b"),
+    ("phi3", True): ("ff3f054ea822ec4d", "d37df739513054ba"),
+    ("llama", False): ("456f9e8acf8f5e3f", "aec9f930a559e7f9"),
+    ("phi3", False): ("45a08190ef3fea62", "c5bea44d91cc6bcf"),
+}
+
+
+@pytest.mark.parametrize("kind, wide", NATIVE)
+def test_q4_k_m_is_what_llama_cpp_makes_of_the_same_file(tmp_path, kind, wide):
+    f16, q4 = tmp_path / "model-f16.gguf", tmp_path / "model-q4_k_m.gguf"
+    gguf.convert(tiny(tmp_path / "model", kind, shape=(WIDE if wide else {}) | {"num_hidden_layers": 9}), f16)
+    gguf.quantize(f16, q4)
+    types = {t.tensor_type.name for t in GGUFReader(q4).tensors if t.data.ndim > 1}
+    assert types == ({"Q4_K", "Q6_K"} if wide else {"Q5_0", "Q8_0"}), "and never F32"
+    before, after = NATIVE[kind, wide]
+    if not tensors(f16).startswith(before):
+        pytest.skip("this torch makes other random weights than the one that llama.cpp's answer was recorded with")
+    assert tensors(q4).startswith(after)
+
+
+def test_a_file_with_fewer_bits_is_measured_on_verdicts_and_says_so(tmp_path):
+    model, f16, q4 = tiny(tmp_path / "model", "llama"), tmp_path / "model-f16.gguf", tmp_path / "model-q4_k_m.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(model)
+    gguf.convert(model, f16)
+    gguf.quantize(f16, q4)
+    rows = [{"prompt": f"{text} {n}", "verdict": verdict} for n, verdict in enumerate(LABELS) for text in TEXT]
+    rows += [{"prompt": TEXT[0] * 100, "verdict": "DENY"}]
+    exact, less = gguf.parity(model, [f16, q4], TEXT, 8, rows)
+    assert exact["judged"] == less["judged"] == 8 and exact["agreement"] == 1.0
+    gguf.state_loss(q4, less)
+    stated = gguf.stated_loss(q4)
+    assert stated["so8t.verdicts"] == 8 and stated["so8t.verdict_agreement"] == pytest.approx(less["agreement"])
+    assert stated["so8t.kl_mean"] == pytest.approx(less["kl"]) and less["kl"] > exact["kl"]
+
+
+def test_long_rope_is_the_same_model_up_to_its_first_length_only(tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}
+    shape = {"max_position_embeddings": 512, "original_max_position_embeddings": 256, "rope_parameters": rope}
+    model, path = tiny(tmp_path / "model", "phi3", shape=shape), tmp_path / "model-f16.gguf"
+    gguf.convert(model, path)
+    hf = gguf.expect(model, TEXT[:1], 8)
+    assert hf.longest == 256 and gguf.compare(path, hf)["identical"]
+    assert gguf.follow(gguf.Runtime(path, 257), *hf.steps[0])["kl"] > 1, "the trap is still there"
+    with pytest.raises(Problem, match="other rope factors"):
+        gguf.compare(path, gguf.expect(model, TEXT[:1], 240))
+
+
+def test_a_short_window_and_a_forgotten_tokenizer_are_refused(tmp_path):
+    model, copy = tiny(tmp_path / "model", "phi3", shape={"sliding_window": 64}), tmp_path / "copy"
+    with pytest.raises(Problem, match="llama.cpp ignores it"):
+        gguf.convert(model, tmp_path / "model.gguf")
+    Phi3ForCausalLM.from_pretrained(model).save_pretrained(copy)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8")) | {"sliding_window": 256}
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    AutoTokenizer.from_pretrained(model).save_pretrained(copy)
+    (copy / "tokenizer.model").unlink(missing_ok=True)
+    with pytest.raises(Problem, match="tokenizer.model is missing"):
+        gguf.convert(copy, tmp_path / "model.gguf")
+    burnin.copy_besides(model, copy)
+    assert gguf.convert(copy, tmp_path / "model.gguf")
 
 
 def test_a_torn_file_is_refused(tmp_path):
