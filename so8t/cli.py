@@ -8,7 +8,7 @@ __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'Json
            'finished_run', 'closing_words', 'show_plan', 'scene_for', 'ago', 'duration', 'coloured', 'stage_table',
            'checkpoint_table', 'status', 'status_page', 'checkpoint', 'list_runs', 'verify', 'report_page', 'report',
            'show_config', 'doctor', 'needs_table', 'task_and_plan', 'schedule_install', 'schedule_status',
-           'schedule_remove', 'recover', 'clean']
+           'schedule_remove', 'recover', 'notify', 'clean']
 
 # %% ../nbs/cli.ipynb #2c12dfdb
 import json
@@ -35,6 +35,7 @@ from .flow.screen import screen
 from .ops import clean as cleaning
 from .ops import doctor as checks
 from .ops import estimate, gpu, monitor
+from .ops import notify as announcing
 from .ops import recovery as recovering
 from .ops import schedule as scheduler
 
@@ -166,7 +167,7 @@ def run(
     scene = runner.ready(workspace, today, wish)
     if resume_from:
         start_at(scene.run, resume_from)
-    beside = [gpu.one_at_a_time(wait), monitor.beside]
+    beside = [gpu.one_at_a_time(wait), monitor.beside, announcing.beside]
     code = runner.execute(scene, names, screen(scene.config.logging.progress_seconds), beside)
     closing_words(scene, code)
     unschedule(scene, config, today)
@@ -543,6 +544,25 @@ def recover(
             say(f"    tried: {', '.join(row['tried']) or 'nothing'}{came}; against this: {row['would']}")
     if not number:
         say(f"{found.id}: no errors")
+
+# %% ../nbs/cli.ipynb #7f09fd70
+@app.command()
+def notify(
+    config: ConfigArgument = "",
+    test: Annotated[bool, typer.Option("--test", help="Announce something now, whatever the hour.")] = False,
+):
+    """Show how a run is announced: sound, desktop, and apprise URLs from the environment; with --test, try each way."""
+    settings = configs.load(config_path(configs.workspace(), config)).config.notifications
+    ways = [name for name in ("sound", "desktop") if getattr(settings, name)] + [name for name, _ in announcing.urls(settings)]
+    if not ways:
+        raise Problem("nothing is set: notifications.sound, desktop, urls or url_file (so8t config shows them)")
+    if not test:
+        return say(f"announced by {', '.join(ways)}: {', '.join(settings.events)}; --test tries it")
+    loud = settings.model_copy(update={"quiet": None, "events": ["finish"]})
+    rows = announcing.announce(loud, "finish", "so8t", "this is a test")
+    for way, why in rows:
+        say(f"{way}: {why or 'announced'}")
+    raise typer.Exit(1 if any(why for _, why in rows) else 0)
 
 # %% ../nbs/cli.ipynb #6784a831
 @app.command()
