@@ -2,9 +2,11 @@
 
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 
-from so8t.data.cleanse import jaccard, normal, shingles
+from so8t.data.duplicates import similarity
+from so8t.data.row import normal
 from so8t.data.sources import read_own
 from so8t.data.verdict import Verdict
 
@@ -65,18 +67,21 @@ def test_a_pair_is_two_rows_of_one_language():
     assert [pair for pair, two in pairs().items() if len(two) != 2 or len({row["lang"] for row in two}) > 1] == []
 
 
+def likeness(pairs):
+    "The Jaccard index of each pair of places in ROWS."
+    texts, langs = [normal(row["prompt"]) for row in ROWS], [row["lang"] for row in ROWS]
+    return similarity(texts, langs, *np.array(pairs).T)
+
+
 def test_pairs_are_more_alike_than_chance():
-    likeness = [jaccard(*(shingles(row["prompt"]) for row in two)) for two in pairs().values()]
-    strangers = [jaccard(shingles(a["prompt"]), shingles(b["prompt"])) for a, b in zip(ROWS, ROWS[7:], strict=False)]
-    assert sum(likeness) / len(likeness) > 3 * sum(strangers) / len(strangers)
+    place = {row["id"]: i for i, row in enumerate(ROWS)}
+    twins = likeness([[place[row["id"]] for row in two] for two in pairs().values()])
+    assert twins.mean() > 3 * likeness([[i, i + 7] for i in range(len(ROWS) - 7)]).mean()
 
 
-def test_rows_of_different_groups_are_not_near_duplicates():
-    known = [(row, shingles(row["prompt"])) for row in ROWS]
-    close = [
-        (a["id"], b["id"])
-        for i, (a, x) in enumerate(known)
-        for b, y in known[:i]
-        if a["lang"] == b["lang"] and a["group"] != b["group"] and jaccard(x, y) >= 0.7
-    ]
-    assert close == []
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_rows_of_different_groups_are_not_near_duplicates(lang):
+    mine = [i for i, row in enumerate(ROWS) if row["lang"] == lang]
+    others = [[i, j] for i in mine for j in mine if i < j and ROWS[i]["group"] != ROWS[j]["group"]]
+    close = [others[n] for n in np.flatnonzero(likeness(others) >= 0.7)]
+    assert [(ROWS[i]["key"], ROWS[j]["key"]) for i, j in close] == []

