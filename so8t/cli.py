@@ -332,9 +332,12 @@ def status_page(
 ) -> Group:
     "Stages, checkpoints where there are any, and the machine where it was measured."
     machine, left = monitor.latest(scene.run), monitor.line(scene.run)
-    parts = [stage_table(seen)] + [checkpoint_table(seen)] * bool(seen["checkpoints"])
-    parts += [f"  {seen['progress']['stage']}: done in {duration(left['eta_seconds'])}"] * ("eta_seconds" in left and seen["status"] == "running")
-    return Group(*parts, *([f"  {monitor.said(machine)}  ({ago(machine['time'])} ago)"] if machine else []))
+    parts = [stage_table(seen)] + ([checkpoint_table(seen)] if seen["checkpoints"] else [])
+    if "eta_seconds" in left and seen["status"] == "running":
+        parts.append(f"  {left['stage']}: done in {duration(left['eta_seconds'])}, as it was {ago(left['time'])} ago")
+    if machine:
+        parts.append(f"  {monitor.said(machine)}  ({ago(machine['time'])} ago)")
+    return Group(*parts)
 
 # %% ../nbs/cli.ipynb #f27208fc
 @app.command()
