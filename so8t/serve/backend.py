@@ -19,9 +19,9 @@ from ..flow.problem import Problem
 from ..model import adapter, quad
 from ..model.base import sha256
 from ..model.judge import encode, fork, question, verdict_logprobs
+from ..model.llama import Llama, stream, tell
 from ..model.verdict import before_end, greedy
 from .filter import tag_in
-from .llama import Llama, stream, tell
 
 # %% ../../nbs/serve/backend.ipynb #1474a311
 def softened(

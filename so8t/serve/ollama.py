@@ -22,8 +22,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from ..flow.problem import Problem
+from ..model.llama import Llama, stream
 from .filter import public_text, tag_in
-from .llama import Llama, stream
 
 # %% ../../nbs/serve/ollama.ipynb #b0d15178
 class Shelf:
