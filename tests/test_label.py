@@ -33,7 +33,7 @@ def test_the_table_of_public_labels_is_whole():
     for name, public in sources.PUBLIC.items():
         assert set(table[name]) == set(public.verdicts)
         for word, said in table[name].items():
-            assert (said["verdict"], said["area"]) == public.verdicts[word]
+            assert (said["verdict"], said["area"]) == (public.verdicts[word], public.areas[word])
     marked = [(name, word) for name, labels in table.items() for word, said in labels.items() if said["nsfw"]]
     assert marked == [("strongreject", "Sexual content")]
 
