@@ -6,14 +6,14 @@
 __all__ = ['DECLARES', 'cells', 'declared', 'code_digest', 'imports', 'module_file', 'read_module', 'modules', 'strings',
            'path_digest', 'named_files', 'parts', 'fingerprint', 'changes']
 
-# %% ../../nbs/flow/fingerprint.ipynb #22b9e171
+# %% ../../nbs/flow/fingerprint.ipynb #271a699b
 import ast
 import hashlib
 import json
 from functools import cache
 from pathlib import Path
 
-from .config import flat
+from .config import FILES, flat
 from .problem import Problem
 
 # %% ../../nbs/flow/fingerprint.ipynb #5acfd7fb
@@ -144,7 +144,7 @@ def named_files(
     root: Path,  # relative paths start here
 ) -> dict[str, str]:
     "The files and folders that a slice of the configuration names by a path, with their digests."
-    paths = [s for s in strings(section) if "/" in s or "\\" in s or s.endswith(".jsonl")]
+    paths = [s for s in strings(section) if "/" in s or "\\" in s or s.endswith(FILES)]
     return {s: path_digest(root / s) for s in sorted(set(paths)) if (root / s).exists()}
 
 # %% ../../nbs/flow/fingerprint.ipynb #3e6fb8c0
