@@ -74,8 +74,8 @@ def test_cleansed_rows_keep_every_promise(tmp_path_factory, rows):
     assert (sides <= 1).all()
     pairs = [(i, j) for i, a in enumerate(left) for j, b in enumerate(left[:i]) if a["group"] != b["group"]]
     if pairs:
-        index = duplicates.similarity(texts, [row["lang"] for row in left], *np.array(pairs).T)
-        assert index.max() < 0.7
+        sets = [duplicates.shingles(text, row["lang"]) for text, row in zip(texts, left, strict=True)]
+        assert max(duplicates.jaccard(sets[i], sets[j]) for i, j in pairs) < 0.7
     doubles = done.fates[done.fates["reason"].isin([Reason.DUPLICATE, Reason.NEAR])]
     assert set(doubles["of"]) <= set(done.left["name"])
 
@@ -122,8 +122,8 @@ def test_near_duplicates_are_those_that_comparing_all_with_all_finds(scratch):
         letters[rng.integers(len(letters))] = "x"
         changed.append(made(f"{row['key']}-x", "".join(letters), source="web", lang=row["lang"]))
     found = fates([*own, *changed], scratch, near_duplicate=0.7)
-    texts, langs = zip(*[(normal(row["prompt"]), row["lang"]) for row in [*own, *changed]], strict=True)
-    index = duplicates.similarity(texts, langs, np.arange(len(own)), np.arange(len(own)) + len(own))
+    sets = [[duplicates.shingles(normal(row["prompt"]), row["lang"]) for row in rows] for rows in (own, changed)]
+    index = np.array(list(map(duplicates.jaccard, *sets)))
     gone = (found["reason"] != "").groupby(found.index.str.removesuffix("-x")).any()[[row["key"] for row in own]]
     assert ((index >= 0.7) == gone).mean() > 0.99 and 100 < gone.sum() < len(gone)
 

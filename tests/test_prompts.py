@@ -2,10 +2,9 @@
 
 from collections import Counter, defaultdict
 
-import numpy as np
 import pytest
 
-from so8t.data.duplicates import similarity
+from so8t.data.duplicates import jaccard, shingles
 from so8t.data.row import normal
 from so8t.data.sources import read_own
 from so8t.data.verdict import Verdict
@@ -67,21 +66,22 @@ def test_a_pair_is_two_rows_of_one_language():
     assert [pair for pair, two in pairs().items() if len(two) != 2 or len({row["lang"] for row in two}) > 1] == []
 
 
-def likeness(pairs):
-    "The Jaccard index of each pair of places in ROWS."
-    texts, langs = [normal(row["prompt"]) for row in ROWS], [row["lang"] for row in ROWS]
-    return similarity(texts, langs, *np.array(pairs).T)
+SHINGLES = [shingles(normal(row["prompt"]), row["lang"]) for row in ROWS]
 
 
 def test_pairs_are_more_alike_than_chance():
     place = {row["id"]: i for i, row in enumerate(ROWS)}
-    twins = likeness([[place[row["id"]] for row in two] for two in pairs().values()])
-    assert twins.mean() > 3 * likeness([[i, i + 7] for i in range(len(ROWS) - 7)]).mean()
+    twins = [jaccard(*(SHINGLES[place[row["id"]]] for row in two)) for two in pairs().values()]
+    strangers = [jaccard(a, b) for a, b in zip(SHINGLES, SHINGLES[7:], strict=False)]
+    assert sum(twins) / len(twins) > 3 * sum(strangers) / len(strangers)
 
 
-@pytest.mark.parametrize("lang", LANGUAGES)
-def test_rows_of_different_groups_are_not_near_duplicates(lang):
-    mine = [i for i, row in enumerate(ROWS) if row["lang"] == lang]
-    others = [[i, j] for i in mine for j in mine if i < j and ROWS[i]["group"] != ROWS[j]["group"]]
-    close = [others[n] for n in np.flatnonzero(likeness(others) >= 0.7)]
-    assert [(ROWS[i]["key"], ROWS[j]["key"]) for i, j in close] == []
+def test_rows_of_different_groups_are_not_near_duplicates():
+    known = list(zip(ROWS, SHINGLES, strict=True))
+    close = [
+        (a["key"], b["key"])
+        for i, (a, x) in enumerate(known)
+        for b, y in known[:i]
+        if a["lang"] == b["lang"] and a["group"] != b["group"] and jaccard(x, y) >= 0.7
+    ]
+    assert close == []

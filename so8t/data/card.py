@@ -83,11 +83,9 @@ def header(
 ) -> DatasetCardData:
     "What machines read of the card."
     files = [{"split": side, "path": f"{side}.parquet"} for side in SIDES if (done.left["split"] == side).any()]
-    scale = next(label for top, label in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"),
-                                          (float("inf"), "1M<n<10M")) if len(done.left) < top)
     return DatasetCardData(
         language=sorted(done.left["lang"].unique()), license=sorted(done.left["licence"].str.lower().unique()),
-        pretty_name=name, size_categories=scale, task_categories=["text-classification", "text-generation"],
+        pretty_name=name, task_categories=["text-classification", "text-generation"],
         configs=[{"config_name": "default", "data_files": files}])
 
 # %% ../../nbs/data/card.ipynb #61454f4a
@@ -120,6 +118,7 @@ for all counts, removed.parquet for each row that went, suspects.jsonl for label
 
     datasets.load_dataset("path/of/this/folder")
 """
+
 
 def readme(
     done: Cleansed,
