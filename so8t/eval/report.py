@@ -225,7 +225,8 @@ def calibration_lines(
     calibrations: list[dict],  # from scores.json
 ) -> HTML:
     "A line for each model."
-    rows = [[c["model"], f"{c['temperature']:.2f}", percent(c["ece_before"]), percent(c["ece_after"]), percent(c["share_sure"])]
+    rows = [[c["model"], f"not run: {c['not run']}"] if "not run" in c else
+            [c["model"], f"{c['temperature']:.2f}", percent(c["ece_before"]), percent(c["ece_after"]), percent(c["share_sure"])]
             for c in calibrations]
     return table(["model", "temperature", "calibration error", "with temperature", "sure"], rows, right=(1, 2, 3, 4))
 

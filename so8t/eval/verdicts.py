@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'Judge', 'SCORES', 'RATES', 'LABELS', 'CUTS', 'held_out', 'probabilities', 'answer', 'batches', 'judge_rows',
-           'hf_judge', 'judge_models', 'tables_of', 'over_refusal', 'under_refusal', 'scores_of', 'matched', 'right',
-           'allowed', 'stopped', 'harmless_pair', 'grave', 'compare', 'points', 'sentence', 'by_language', 'by_model',
-           'compared', 'comparisons', 'scores', 'shown', 'score_table', 'forest_rows', 'calibrations', 'collapses',
-           'risk', 'surest_first', 'risk_coverage', 'reliability', 'tradeoffs', 'changed', 'save']
+           'judge_with', 'hf_judge', 'judge_models', 'tables_of', 'over_refusal', 'under_refusal', 'scores_of',
+           'matched', 'right', 'allowed', 'stopped', 'harmless_pair', 'grave', 'compare', 'points', 'sentence',
+           'by_language', 'by_model', 'compared', 'comparisons', 'scores', 'shown', 'score_table', 'forest_rows',
+           'graded', 'calibrations', 'collapses', 'risk', 'surest_first', 'risk_coverage', 'reliability', 'tradeoffs',
+           'changed', 'save']
 
 # %% ../../nbs/eval/verdicts.ipynb #42cffc75
 import hashlib
@@ -99,29 +100,35 @@ def judge_rows(
         progress(sum(row["id"] in known for row in rows), len(rows))
     return [known[row["id"]] for row in rows]
 
-# %% ../../nbs/eval/verdicts.ipynb #a4bbe3c0
-def hf_judge(
-    folder: Path,  # HF folder of a model
-    device: str = "cpu",  # or cuda
+# %% ../../nbs/eval/verdicts.ipynb #cbe482ce
+def judge_with(
+    model,  # causal language model
+    tokenizer,
 ) -> Judge:
-    "Load a model to be asked."
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-
+    "A loaded model as a judge."
     def ask(prompts: list[str]) -> list[dict[str, float]]:
         logs = judge.verdict_logprobs(model, tokenizer, prompts, len(prompts)).tolist()
         return [dict(zip(Verdict, each, strict=True)) for each in logs]
 
     return ask
 
-# %% ../../nbs/eval/verdicts.ipynb #aa279efc
+def hf_judge(
+    folder: Path,  # HF folder of a model
+    device: str = "cpu",  # or cuda
+) -> Judge:
+    "Load a model to be asked."
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    return judge_with(model, AutoTokenizer.from_pretrained(folder))
+
+# %% ../../nbs/eval/verdicts.ipynb #52538994
 def judge_models(
-    models: dict[str, Path],  # name of each in this comparison -> its HF folder
+    models: dict[str, Path | str],  # name of each in this comparison -> its HF folder, or what `load` takes
     rows: list[dict],  # held-out rows
     folder: Path,  # gets <name>.jsonl for each model
     batch: int = 16,  # prompts asked at once
     device: str = "cpu",  # or cuda
     progress: Callable = lambda done, total, note: None,
+    load: Callable = hf_judge,  # from model and device to a judge
 ) -> list[dict]:
     "Have each model judge the rows that it has not judged yet; all answers."
     answers = []
@@ -130,8 +137,7 @@ def judge_models(
         def report(done, total, before=before, name=name):
             progress(before + done, len(models) * total, name)
 
-        load = partial(hf_judge, source, device)
-        answers += judge_rows(name, load, rows, folder / f"{name}.jsonl", batch, report)
+        answers += judge_rows(name, partial(load, source, device), rows, folder / f"{name}.jsonl", batch, report)
     return answers
 
 # %% ../../nbs/eval/verdicts.ipynb #313ae945
@@ -336,15 +342,26 @@ def forest_rows(
     langs = [{"label": f"accuracy, {lang}", **part["accuracy"]} for lang, part in comparison["languages"].items()]
     return rows[:1] + langs + rows[1:]
 
-# %% ../../nbs/eval/verdicts.ipynb #2ed58bc0
+# %% ../../nbs/eval/verdicts.ipynb #db824cdb
+def graded(
+    answers: list[dict],  # of all models
+) -> dict[str, list[dict]]:
+    "The answers of each model whose probabilities are known."
+    return {name: mine for name, mine in by_model(answers).items()
+            if any(0 < p < 1 for a in mine for p in a["probabilities"].values())}
+
 def calibrations(
     answers: list[dict],  # of all models
     threshold: float,  # least probability of an ALLOW
     sure: float,  # least probability of a verdict that needs no thinking
 ) -> list[dict]:
     "A line for each model: temperature, calibration error before and after, share of the verdicts that are sure."
-    lines = []
-    for name, mine in by_model(answers).items():
+    lines, known = [], graded(answers)
+    for name in by_model(answers):
+        if name not in known:
+            lines.append({"model": name, "not run": "it gives no probabilities"})
+            continue
+        mine = known[name]
         shares = np.array([[a["probabilities"][v] for v in Verdict] for a in mine])
         logs = np.log(np.maximum(shares, 1e-12))
         found = verdict.calibrate(logs, [a["verdict"] for a in mine], threshold, sure)
