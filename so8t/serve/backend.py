@@ -16,12 +16,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..flow import disk
 from ..flow.problem import Problem
-from ..model import adapter, quad
+from ..model import adapter
 from ..model.base import sha256
-from ..model.judge import encode, fork, question, verdict_logprobs
-from ..model.llama import Llama, stream, tell
+from ..model.judge import fork, verdict_logprobs
 from ..model.verdict import before_end, greedy
 from .filter import tag_in
+from ..model.llama import Llama, stream, tell
 
 # %% ../../nbs/serve/backend.ipynb #1474a311
 def softened(
