@@ -150,6 +150,7 @@ class Job:
         for listen in self.listeners:
             listen({"event": event, **fields})
 
+# %% ../../nbs/flow/runner.ipynb #d48034ca
 def full(
     error: Exception,
 ) -> bool:
@@ -174,6 +175,7 @@ def patiently(
                 job.screen.line(f"waits for room on the disk: {error}")
             said = True
 
+# %% ../../nbs/flow/runner.ipynb #4047704e
 def kernel_env(
     scene: plan.Scene,
 ) -> dict[str, str]:
@@ -370,6 +372,7 @@ def why_failed(
     most = limit(kind, watch.problem, retries)
     return kind, most, tried[kind.kind] >= most
 
+# %% ../../nbs/flow/runner.ipynb #f014bd25
 def run_stage(
     job: Job,
     step: plan.Step,

@@ -47,7 +47,7 @@ def expires(
     limit = run.resolved().config.automation.session_expires_after
     return (datetime.now().astimezone() + timedelta(seconds=limit - age(run))).isoformat(timespec="seconds") if limit else None
 
-# %% ../../nbs/ops/clean.ipynb #b826f8d7
+# %% ../../nbs/ops/clean.ipynb #2c58ddc4
 @dataclass
 class Verdict:
     "Whether a run may go."
@@ -57,6 +57,7 @@ class Verdict:
     why: str
     size: int = 0  # bytes
 
+# %% ../../nbs/ops/clean.ipynb #c60c3219
 def judge(
     workspace: configs.Workspace,
     run: session.Run,
@@ -79,6 +80,7 @@ def judge(
     size = sum(path.stat().st_size for path in disk.files_below(run.dir).values())
     return Verdict(run, not why, why or f"is {old / 86400:.1f} days old", size)
 
+# %% ../../nbs/ops/clean.ipynb #975491b7
 def expired(
     workspace: configs.Workspace,
     unfinished: bool = False,  # those that are not completed may go too

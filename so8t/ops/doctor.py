@@ -198,6 +198,7 @@ def clock(
     return Check("Clock", "warn" if back > 60 else "fine", time.strftime("%Y-%m-%d %H:%M %Z"),
                  f"it stands {back / 3600:.1f} h before the newest run: set it" if back > 60 else "")
 
+# %% ../../nbs/ops/doctor.ipynb #51b95e66
 def output(
     *words: str,
 ) -> str:

@@ -78,6 +78,7 @@ class Need:
     where: str  # "GPU" or "disk"
     bytes: int
 
+# %% ../../nbs/ops/estimate.ipynb #3a194d92
 def memory_needs(
     config: configs.Config,
     size: Size,
@@ -94,6 +95,7 @@ def memory_needs(
             Need(f"one pass over {tokens} tokens", "GPU", tokens * (kept * width + 12 * words)),
             Need(f"{ppo.chunk} answers being written", "GPU", cached), Need("CUDA itself", "GPU", 6e8)]
 
+# %% ../../nbs/ops/estimate.ipynb #f8eb56b3
 def disk_needs(
     config: configs.Config,
     size: Size,
@@ -111,6 +113,7 @@ def disk_needs(
         found += [Need(f"GGUF {name}", "disk", size.all * BYTES[name]) for name in formats]
     return found
 
+# %% ../../nbs/ops/estimate.ipynb #d1b79353
 def needs(
     config: configs.Config,
     shape: dict,  # from `shape_of`

@@ -80,6 +80,7 @@ def hold(
             job.screen.line(f"waits for GPU {name}, which {who} uses")
         told = True
 
+# %% ../../nbs/ops/gpu.ipynb #e24b3c44
 def one_at_a_time(
     wait: bool = True,
 ):

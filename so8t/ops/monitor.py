@@ -93,6 +93,7 @@ class Monitor(threading.Thread):
                 self.first = now
             disk.append_jsonl(self.run_dir / "logs" / "progress.jsonl", progress_line(now, self.first, row), sync=False)
 
+# %% ../../nbs/ops/monitor.ipynb #2de81e49
 @contextmanager
 def beside(
     job: runner.Job,
