@@ -497,6 +497,7 @@ def task_and_plan(
     task = scheduler.task_for(workspace, file)
     return task, scheduler.plan_for(task, highest)
 
+# %% ../nbs/cli.ipynb #466da5d1
 @schedule.command("install")
 def schedule_install(
     config: ConfigArgument = "",
