@@ -78,7 +78,8 @@ class Monitor(threading.Thread):
         count = 0
         while count == 0 or not self.over.wait(self.settings.sample_seconds):
             row, count = sample(self.run_dir), count + 1
-            balance.act(self.job, self.judge, row, self.stage)
+            with suppress(OSError, Problem):
+                balance.act(self.job, self.judge, row, self.stage)
             with suppress(OSError, Problem):
                 disk.append_jsonl(self.run_dir / "metrics" / "system.jsonl", row, sync=False)
                 if count * self.settings.sample_seconds >= self.told + self.settings.progress_log_seconds:
