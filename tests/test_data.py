@@ -5,12 +5,16 @@ import json
 import pytest
 
 from so8t.data import sources
-from so8t.data.row import read_rows, split_of, to_jsonl
+from so8t.data.row import read_rows, split_of
 from so8t.data.verdict import Verdict
 from so8t.flow.config import Data
 from so8t.flow.problem import Problem
 
 GOOD = {"id": "a", "lang": "en", "area": "everyday", "prompt": "Will it rain?", "verdict": "ALLOW"}
+
+
+def to_jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def missing(field):
@@ -31,7 +35,6 @@ BAD = {
     "half a character": (GOOD | {"prompt": "a\ud800b"}, "prompt holds half a character"),
     "unknown field": (GOOD | {"label": 1}, "'label' is no field of a row"),
     "a list": ([1], "a row is a JSON object"),
-    "duplicate id": (GOOD, "id 'a' is taken by line 1"),
 }
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from so8t.data import files, sources, web
 from so8t.data.licence import NOASSERTION, allowed, licence_in, licence_in_text, spdx
-from so8t.data.row import FIELDS, check_row, iter_rows, read_rows, shards, to_jsonl, write_shards
+from so8t.data.row import FIELDS, check_row, iter_rows, read_rows, shards, write_shards
 from so8t.flow import disk
 from so8t.flow.config import Data
 from so8t.flow.problem import Problem
@@ -29,6 +29,10 @@ GOOD = {"id": "a", "lang": "en", "area": "everyday", "prompt": "Will it rain?", 
 MEANING = {"columns": {"prompt": "question", "verdict": "label"}, "verdicts": {"0": "ALLOW", "1": "DENY"}}
 ASKED = MEANING | {"licence": "MIT"}
 JAPANESE = ["傘は要りますか", "包丁をよく切れるように研ぐコツはありますか", "コンピューターの動きが遅いのですが"]
+
+
+def to_jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @pytest.fixture

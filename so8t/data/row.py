@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Text', 'Unit', 'FIELDS', 'REQUIRED', 'QUAD', 'TYPES', 'SCHEMA', 'COUNTED', 'readable', 'Checked', 'Media', 'Row',
-           'normal', 'id_of', 'fault', 'check_row', 'parse_line', 'read_lines', 'to_jsonl', 'stored', 'loaded',
-           'batches', 'write_parquet', 'write_shards', 'iter_tables', 'iter_rows', 'shards', 'read_rows', 'split_of',
-           'counts', 'lengths']
+           'normal', 'id_of', 'fault', 'check_row', 'parse_line', 'read_lines', 'stored', 'loaded', 'batches',
+           'write_parquet', 'write_shards', 'iter_tables', 'iter_rows', 'shards', 'read_rows', 'split_of', 'counts']
 
 # %% ../../nbs/data/row.ipynb #9bd28a39
 import hashlib
@@ -162,22 +161,7 @@ def read_lines(
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise Problem(f"{path}: cannot be read ({error.strerror}); it must be a file of JSON lines") from None
-    rows, seen = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = parse_line(line, f"{path} line {number}")
-        key = row["key"] or row["id"]
-        if (first := seen.setdefault(key, number)) != number:
-            raise Problem(f"{path} line {number}: id {key!r} is taken by line {first}; every row needs its own")
-        rows.append(row)
-    return rows
-
-def to_jsonl(
-    rows: list[dict],
-) -> str:
-    "The text of a .jsonl file: one row a line, characters as they are."
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return [parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 # %% ../../nbs/data/row.ipynb #a61089d0
 TYPES = {"nsfw": pa.bool_(), "quality": pa.float64(), "weight": pa.float64(),
@@ -283,15 +267,3 @@ def counts(
     "How many rows there are of each verdict, language, split, source and area, sorted."
     found = Counter(tuple(row[field] or "" for field in COUNTED) for row in rows)
     return [dict(zip(COUNTED, key, strict=True)) | {"rows": n} for key, n in sorted(found.items())]
-
-# %% ../../nbs/data/row.ipynb #37d69be3
-def lengths(
-    rows: list[dict],
-) -> dict[str, dict]:
-    "Characters in a prompt, for each language: shortest, median, 95th percentile, longest."
-    table = {}
-    for lang in sorted({row["lang"] for row in rows}):
-        sizes = sorted(len(row["prompt"]) for row in rows if row["lang"] == lang)
-        marks = {"shortest": 0, "median": 0.5, "p95": 0.95, "longest": 1}
-        table[lang] = {name: sizes[int(mark * (len(sizes) - 1))] for name, mark in marks.items()}
-    return table
