@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', 'BASES', 'SOURCES', 'FILES', 'Mapping', 'LICENCES',
-           'COMMANDS', 'TOPICS', 'VERDICTS', 'Weight', 'Costs', 'Format', 'UNITS', 'Size', 'TYPES', 'LIMITS', 'WORDS',
-           'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse', 'shown', 'Section', 'nearest', 'distinct',
-           'Tiny', 'Model', 'source', 'Mapped', 'Source', 'Media', 'web_address', 'Web', 'Data', 'Agent', 'Research',
-           'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards', 'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint',
-           'Training', 'difference', 'Benchmark', 'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance',
-           'Serve', 'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words',
-           'rows_of', 'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace',
-           'settings', 'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load',
-           'section', 'frozen_lines', 'freeze', 'thaw', 'render']
+           'COMMANDS', 'TOPICS', 'VERDICTS', 'Weight', 'Costs', 'Format', 'MODEL_WORDS', 'SUITES', 'Named', 'UNITS',
+           'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse',
+           'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source', 'Mapped', 'Source', 'Media',
+           'web_address', 'Web', 'Data', 'Agent', 'Research', 'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards',
+           'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint', 'Training', 'difference', 'model_name', 'Judging', 'Benchmark',
+           'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance', 'Serve', 'Automation', 'Resources',
+           'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows', 'reference',
+           'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace', 'Resolved',
+           'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines', 'freeze',
+           'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #c99bda81
 import configparser
@@ -592,8 +593,41 @@ def difference(text: str) -> str:
         raise ValueError(f"{text} names no comparison; C-A asks whether C is better than A")
     return text
 
+MODEL_WORDS = ("smollm2", "smollm2.gguf", "tiny")
+SUITES = ("default", "reasoning", "grammar", "judged", "standard", "speed")
+
+def model_name(name: str) -> str:
+    "A model that can be asked: one of ours, a path, a hub id, or a server's."
+    if name not in MODEL_WORDS and not re.search(r"[/\\]|\.gguf$|^ollama:", name):
+        raise ValueError(f"{name} is no model: {', '.join(MODEL_WORDS)}, a folder or .gguf file (./{name}), a hub id "
+                         f"(owner/name), ollama:NAME or URL#NAME{nearest(name, MODEL_WORDS)}")
+    return name
+
+Named = Annotated[str, AfterValidator(model_name)]
+
+class Judging(Section):
+    "The model that scores free answers."
+
+    model: Named | None = Field(None, description="As in benchmark.models; null: free answers are not judged.")
+    seeds: Annotated[int, Field(ge=3)] = Field(3, description="How often each answer is judged.")
+    temperature: Annotated[float, Field(gt=0)] = Field(0.7, description="Temperature of the judge.")
+    key: str | None = Field(None, description="Environment variable with the judge's bearer token.")
+
 class Benchmark(Section):
     "How the models are compared."
+
+    models: dict[Annotated[str, Field(pattern="^[A-Z]$")], Named] = Field(
+        {}, description="Name -> folder, hub id, .gguf file, ollama:NAME or URL#NAME; stage ready makes them ready.")
+    suites: Annotated[list[Literal[SUITES]], AfterValidator(distinct)] = Field(
+        [], description="What stage suites asks (see eval.suites).")
+    suite_items: Count | None = Field(None, description="At most so many items of each suite; null: all.")
+    answer_tokens: Count = Field(256, description="Longest answer to an item of a suite, tokens.")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="Temperature of these answers; 0: the likeliest token.")
+    tasks: Annotated[list[str], AfterValidator(distinct)] = Field(
+        ["mmlu", "gsm8k", "hellaswag", "arc_challenge", "winogrande", "ja_leaderboard_jcommonsenseqa", "ja_leaderboard_jsquad"],
+        description="Tasks of lm-evaluation-harness in suite standard, where the hub can be reached.")
+    key: str | None = Field(None, description="Environment variable with the bearer token of models behind a URL.")
+    judge: Judging = Judging()
 
     comparisons: Annotated[list[Annotated[str, AfterValidator(difference)]], Field(min_length=1), AfterValidator(distinct)] = (
         Field(["C-A", "B-A", "C-B", "D-A", "C-D"], description="Declared before the run: C-A asks whether C is better than "
