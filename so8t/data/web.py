@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'TLS', 'TOKEN', 'RULE', 'MEANT', 'CHARSET', 'NAMES', 'OTHER', 'CC', 'NAMED', 'HTML', 'NO', 'JOURNAL',
            'PATIENCE', 'HOPS', 'MARKS', 'Refused', 'web_url', 'public', 'resolve', 'Reply', 'body_of', 'fetch',
-           'rules_in', 'text_in', 'spdx', 'in_schema', 'licence_of', 'language_of', 'read_page', 'rounds', 'tally',
-           'Crawl', 'onward', 'rules_of', 'follow', 'keep', 'visit', 'crawl']
+           'rules_in', 'text_in', 'licence_at', 'in_schema', 'licence_of', 'language_of', 'read_page', 'rounds',
+           'tally', 'Crawl', 'onward', 'rules_of', 'follow', 'keep', 'visit', 'crawl']
 
 # %% ../../nbs/data/web.ipynb #ab1bd380
 import json
@@ -175,7 +175,7 @@ OTHER = re.compile(r"(?:https?:)?//(?:www\.)?(?:creativecommons|opensource|apach
 CC = re.compile(r"(?:https?:)?//(?:www\.)?creativecommons\.org/licenses/(by(?:-nc)?(?:-nd|-sa)?)/(\d\.\d)"
                 r"(?:/([a-z]{2}|igo)(?=/|$))?")
 
-def spdx(
+def licence_at(
     address: str,  # of a licence
 ) -> str:
     "Its SPDX name, or NOASSERTION."
@@ -205,7 +205,7 @@ def licence_of(
 ) -> str:
     "The SPDX name of the one licence that a page names, or NOASSERTION."
     said = tree.xpath(NAMED) + sum(map(in_schema, tree.xpath("//script[@type='application/ld+json']/text()")), [])
-    names = {spdx(it) for it in said or tree.xpath("//a[contains(@href, '//creativecommons.org/')]/@href")}
+    names = {licence_at(it) for it in said or tree.xpath("//a[contains(@href, '//creativecommons.org/')]/@href")}
     return names.pop() if len(names) == 1 else "NOASSERTION"
 
 # %% ../../nbs/data/web.ipynb #9ce2399f
