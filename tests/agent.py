@@ -97,4 +97,4 @@ def main(folder: Path, kind: str, source: str = ""):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(os.path.expandvars(sys.argv[1])), *sys.argv[2:])

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from so8t.flow.problem import Problem
 from so8t.model import quad
 from so8t.ship import gguf
 
+ROOT = Path(__file__).parents[1]
 AGENT = str(Path(__file__).with_name("agent.py"))
 QUICK = dict(per_minute=60000, backoff=0.01, timeout=20)
 
@@ -281,3 +283,38 @@ def test_a_real_model_in_llama_cpp_writes_rows(tmp_path):
     assert all(reply["read"] > 500 and reply["written"] > 50 for _, reply in found.replies)
     assert all(json.loads(reply["text"]).keys() == agents.Answer.model_fields.keys() for _, reply in found.replies)
     assert {row["labeller"] for row in found.rows} == {"agent:tiny"}
+
+
+def pipeline(root: Path, text: str, *words: str) -> Path:
+    "A run of the real stages in a workspace of its own; its folder."
+    for folder in ("nbs/stages", "configs"):
+        shutil.copytree(ROOT / folder, root / folder)
+    shutil.copy(ROOT / "settings.ini", root)
+    (root / "configs" / "mine.yaml").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-c", "from so8t.cli import main; main()", "run", "mine", *words]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next((root / "runs").glob("mine-*"))
+
+
+def test_the_stage_shows_prompts_and_answers_but_no_thought(tmp_path, monkeypatch):
+    monkeypatch.setenv("AGENT_HOME", str(tmp_path))  # a folder in the configuration is an input, and this one changes
+    agent = command(Path("$AGENT_HOME"), "claude").model_dump()
+    config = {"stages": ["research"], "research": QUICK | {"agents": [agent, "codex"], "rows": 4}}
+    run = pipeline(tmp_path / "workspace", json.dumps(config), "--anyway")
+    row = next(iter_rows(run.glob("artifacts/research/*/rows-*.parquet")))
+    page = (run / "notebooks" / "research.html").read_text(encoding="utf-8")
+    assert row["prompt"] in page and row["answer"] in page and "its licence NOASSERTION is not in" in page
+    assert row["task"] == "Papers forgotten." and not any(row[name] in page for name in ("task", "safety", "policy"))
+    assert len(asked(tmp_path)) == 4 and len(list((tmp_path / "workspace/runs/.answers/claude").glob("*.json"))) == 4
+
+
+@pytest.mark.soak
+def test_aegis_v2_comes_to_one_model(tmp_path):
+    text = (ROOT / "configs" / "aegis_v2.yaml").read_text(encoding="utf-8").replace("name: aegis_v2", "name: mine")
+    small = ["model.base=tiny", "model.tiny={hidden: 64, layers: 2, heads: 4, steps: 60}"]
+    run = pipeline(tmp_path, text, *(word for key in small for word in ("--set", key)))
+    done = [json.loads(file.read_text(encoding="utf-8")) for file in run.glob("artifacts/*/*/manifest.json")]
+    assert {manifest["stage"] for manifest in done} == {"base", "research", "cleanse", "ppo", "integrate"}
+    model, = run.glob("artifacts/integrate/*/")
+    assert (model / "model-f16.gguf").is_file() and (model / "C" / "config.json").is_file()
