@@ -6,14 +6,14 @@
 __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', 'BASES', 'SOURCES', 'FILES', 'Mapping', 'LICENCES',
            'COMMANDS', 'TOPICS', 'VERDICTS', 'Weight', 'Costs', 'Format', 'MODEL_WORDS', 'SUITES', 'Named', 'UNITS',
            'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse',
-           'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Senses', 'Model', 'source', 'Mapped', 'Source', 'Media',
+           'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source', 'Mapped', 'Source', 'Media',
            'web_address', 'Web', 'Data', 'Agent', 'Research', 'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards',
-           'Ppo', 'Dpo', 'Span', 'Search', 'Checkpoint', 'Training', 'difference', 'model_name', 'Judging', 'Benchmark',
-           'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance', 'Serve', 'Automation', 'Resources',
-           'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows', 'reference',
-           'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace', 'Resolved',
-           'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines', 'freeze',
-           'thaw', 'render']
+           'Ppo', 'Dpo', 'Senses', 'Span', 'Search', 'Checkpoint', 'Training', 'difference', 'model_name', 'Judging',
+           'Benchmark', 'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance', 'Serve', 'Automation',
+           'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows',
+           'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace',
+           'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines',
+           'freeze', 'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #c99bda81
 import configparser
@@ -192,25 +192,6 @@ class Tiny(Section):
             raise ValueError(f"{heads} heads do not divide hidden {hidden} into even parts")
         return heads
 
-# %% ../../nbs/flow/config.ipynb #96101039
-class Senses(Section):
-    "Eyes or ears of the model (see model.senses), and how they are trained."
-
-    kind: Literal["image", "audio"] = Field("image", description="What stage senses gives the model: eyes or ears.")
-    tower: str | None = Field(None, description="Folder or hub id of a pretrained CLIP vision model or Whisper; null: a small one.")
-    hidden: Count = Field(64, multiple_of=8, description="Width of a small tower.")
-    layers: Count = Field(2, description="Layers of a small tower.")
-    heads: Count = Field(4, description="Attention heads of a small tower.")
-    pixels: Count = Field(96, description="Side of the square that a small tower sees.")
-    patch: Count = Field(12, description="Side of its patches, pixels.")
-    mels: Count = Field(40, description="Mel bands that a small tower hears.")
-    seconds: Count = Field(3, description="Length of what a small tower hears, s.")
-    rows: Count = Field(480, description="Demo rows to render, where the data has none with a picture or sound.")
-    align: Count = Field(200, description="Optimizer steps in which a small tower and the projector learn to see or hear.")
-    steps: Count = Field(40, description="Optimizer steps of gates and LoRA after that.")
-    batch: Count = Field(16, description="Rows that one optimizer step learns from.")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-3, description="Learning rate.")
-
 # %% ../../nbs/flow/config.ipynb #ff8cce96
 BASES = ("smollm2", "tiny")
 
@@ -222,7 +203,6 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format of weights while training.")
     quantization: Literal["none", "nf4"] = Field("none", description="The frozen base in 4 bits while training, or not.")
     tiny: Tiny = Tiny()
-    senses: Senses = Senses()
 
     @field_validator("base")
     @classmethod
@@ -554,6 +534,25 @@ class Dpo(Section):
 
     _divides = field_validator("micro_batch")(divides_batch)
 
+# %% ../../nbs/flow/config.ipynb #96101039
+class Senses(Section):
+    "Eyes or ears of the model (see model.senses), and how they are trained."
+
+    kind: Literal["image", "audio"] = Field("image", description="What stage senses gives the model: eyes or ears.")
+    tower: str | None = Field(None, description="Folder or hub id of a pretrained CLIP vision model or Whisper; null: a small one.")
+    hidden: Count = Field(64, multiple_of=8, description="Width of a small tower.")
+    layers: Count = Field(2, description="Layers of a small tower.")
+    heads: Count = Field(4, description="Attention heads of a small tower.")
+    pixels: Count = Field(96, description="Side of the square that a small tower sees.")
+    patch: Count = Field(12, description="Side of its patches, pixels.")
+    mels: Count = Field(40, description="Mel bands that a small tower hears.")
+    seconds: Count = Field(3, description="Length of what a small tower hears, s.")
+    rows: Count = Field(480, description="Demo rows to render, where the data has none with a picture or sound.")
+    align: Count = Field(200, description="Optimizer steps in which a small tower and the projector learn to see or hear.")
+    steps: Count = Field(40, description="Optimizer steps of gates and LoRA after that.")
+    batch: Count = Field(16, description="Rows that one optimizer step learns from.")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-3, description="Learning rate.")
+
 # %% ../../nbs/flow/config.ipynb #273a9612
 class Span(Section):
     "The values that a search tries for a key: numbers from low to high, or a list of choices."
@@ -602,6 +601,7 @@ class Training(Section):
     sft: Sft = Sft()
     ppo: Ppo = Ppo()
     dpo: Dpo = Dpo()
+    senses: Senses = Senses()
     checkpoint: Checkpoint = Checkpoint()
 
 # %% ../../nbs/flow/config.ipynb #6e2b4959
