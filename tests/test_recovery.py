@@ -25,7 +25,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 server = HTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-import huggingface_hub, os
+import huggingface_hub.constants
 huggingface_hub.constants.HF_HUB_OFFLINE = False
 huggingface_hub.HfApi(endpoint=f"http://127.0.0.1:{{server.server_port}}", token="x").model_info("nobody/none")"""
 FAULTS = {

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['OURS', 'strangers', 'lenders', 'age', 'expires', 'Verdict', 'judge', 'expired', 'remove']
 
-# %% ../../nbs/ops/clean.ipynb #6ae2bcff
+# %% ../../nbs/ops/clean.ipynb #4b0a9935
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from ..flow import config as configs
 from ..flow import disk, plan, runner, session

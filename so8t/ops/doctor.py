@@ -6,13 +6,12 @@
 __all__ = ['ASK', 'AWAKE', 'Check', 'python', 'packages', 'memory', 'runs_folder', 'hub_token', 'gpu', 'disk_space', 'answer',
            'hub', 'ollama', 'mute', 'agents', 'clock', 'output', 'sleeps', 'interruptions', 'examine', 'refuse']
 
-# %% ../../nbs/ops/doctor.ipynb #bf4d1889
+# %% ../../nbs/ops/doctor.ipynb #b8895d40
 import importlib.util
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
