@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PHI3_TOKENS', 'KINDS', 'LOSS', 'TOP', 'ROUNDED', 'MARGIN', 'TIE', 'BROKEN', 'read_config', 'check_convertible',
-           'safe_name', 'convert', 'more_bits', 'k_type', 'typed', 'arch', 'quantize', 'make', 'convert_all', 'Runtime',
-           'workplace', 'move_all', 'reference', 'divergence', 'follow', 'longest_context', 'encode', 'Expected',
-           'expect', 'compare', 'parity', 'check_parity', 'state_loss', 'stated_loss']
+           'safe_name', 'convert', 'more_bits', 'k_type', 'arch', 'typed', 'quantize', 'make', 'convert_all', 'Runtime',
+           'tokens', 'generate', 'next_token', 'choose', 'workplace', 'move_all', 'reference', 'divergence', 'follow',
+           'longest_context', 'encode', 'Expected', 'expect', 'compare', 'parity', 'check_parity', 'state_loss',
+           'stated_loss']
 
 # %% ../../nbs/ship/gguf.ipynb #91c71033
 import io
@@ -118,7 +119,13 @@ def k_type(
         return gguf.GGMLQuantizationType.F16
     return gguf.GGMLQuantizationType[("Q5_0", "Q4_K", "Q8_0", "Q6_K")[2 * best + (columns % 256 == 0)]]
 
-# %% ../../nbs/ship/gguf.ipynb #d97df6ad
+# %% ../../nbs/ship/gguf.ipynb #cc16c65b
+def arch(
+    reader: gguf.GGUFReader,
+) -> str:
+    "The name of the architecture, which stands before its keys."
+    return reader.get_field("general.architecture").contents()
+
 def typed(
     reader: gguf.GGUFReader,  # of an F16 file
 ) -> list[tuple]:
@@ -130,12 +137,7 @@ def typed(
 
     return [(t, kind(t)) for t in reader.tensors]
 
-def arch(
-    reader: gguf.GGUFReader,
-) -> str:
-    "The name of the architecture, which stands before its keys."
-    return reader.get_field("general.architecture").contents()
-
+# %% ../../nbs/ship/gguf.ipynb #15bacc81
 def quantize(
     source: Path,  # an F16 .gguf file
     out: Path,  # the Q4_K_M .gguf file to write
@@ -223,42 +225,40 @@ class Runtime:
         except HTTPError as error:
             raise Problem(f"llama.cpp: {json.load(error)['error']['message']}") from None
 
-    def tokens(
-        self,
-        text: str,
-    ) -> list[int]:
-        "The text as this file's tokenizer cuts it, without marks of beginning and end."
-        return self.ask("/tokenize", {"content": text, "add_special": False})["tokens"]
+# %% ../../nbs/ship/gguf.ipynb #a89b11a1
+def tokens(
+    runtime: Runtime,
+    text: str,
+) -> list[int]:
+    "The text as this file's tokenizer cuts it, without marks of beginning and end."
+    return runtime.ask("/tokenize", {"content": text, "add_special": False})["tokens"]
 
-    def generate(
-        self,
-        ids: list[int],  # the prompt
-        n: int,  # tokens to add at most
-    ) -> list[int]:
-        "What llama.cpp goes on with, greedily."
-        asked = {"prompt": ids, "n_predict": n, "temperature": 0, "return_tokens": True}
-        return self.ask("/completion", asked)["tokens"]
+def generate(
+    runtime: Runtime,
+    ids: list[int],  # the prompt
+    n: int,  # tokens to add at most
+    **more,  # for llama.cpp's server
+) -> dict:
+    "What llama.cpp goes on with, greedily: its whole reply, with `tokens`."
+    return runtime.ask("/completion", {"prompt": ids, "n_predict": n, "temperature": 0, "return_tokens": True, **more})
 
-    def expect(
-        self,
-        ids: list[int],  # the prompt
-        top: int,  # likeliest tokens to tell about
-    ) -> tuple[int, dict[int, float]]:
-        "The next token, and the log-probabilities of the likeliest (none where it is only a piece of a character)."
-        asked = {"prompt": ids, "n_predict": 1, "temperature": 0, "return_tokens": True, "n_probs": top}
-        reply = self.ask("/completion", asked)
-        steps = reply.get("completion_probabilities")
-        return reply["tokens"][0], {t["id"]: t["logprob"] for t in steps[0]["top_logprobs"]} if steps else {}
+def next_token(
+    runtime: Runtime,
+    ids: list[int],  # the prompt
+    top: int,  # likeliest tokens to tell about
+) -> tuple[int, dict[int, float]]:
+    "The next token, and the log-probabilities of the likeliest (none where it is only a piece of a character)."
+    reply = generate(runtime, ids, 1, n_probs=top)
+    steps = reply.get("completion_probabilities")
+    return reply["tokens"][0], {t["id"]: t["logprob"] for t in steps[0]["top_logprobs"]} if steps else {}
 
-    def choose(
-        self,
-        ids: list[int],  # the prompt
-        among: list[int],  # tokens
-    ) -> int:
-        "Which of these tokens is the likeliest next one: its place in the list."
-        bias = [[token, 1000.0] for token in among]
-        asked = {"prompt": ids, "n_predict": 1, "temperature": 0, "return_tokens": True, "logit_bias": bias}
-        return among.index(self.ask("/completion", asked)["tokens"][0])
+def choose(
+    runtime: Runtime,
+    ids: list[int],  # the prompt
+    among: list[int],  # tokens
+) -> int:
+    "Which of these tokens is the likeliest next one: its place in the list."
+    return among.index(generate(runtime, ids, 1, logit_bias=[[token, 1000.0] for token in among])["tokens"][0])
 
 # %% ../../nbs/ship/gguf.ipynb #70f60a03
 def workplace(
@@ -314,7 +314,7 @@ def follow(
 ) -> dict:
     "How far llama.cpp agrees with the HF model on one prompt."
     top = min(TOP, steps.shape[1])
-    theirs, tops = zip(*(runtime.expect(ids + said[:i], top) for i in range(len(said))), strict=True)
+    theirs, tops = zip(*(next_token(runtime, ids + said[:i], top) for i in range(len(said))), strict=True)
     agree = [ours == other for ours, other in zip(said, theirs, strict=True)]
     doubts = [float(step[ours] - step[other]) for step, ours, other in zip(steps, said, theirs, strict=True)]
     kl = [divergence(step, likeliest) for step, likeliest in zip(steps, tops, strict=True) if likeliest]
@@ -346,6 +346,7 @@ def encode(
     chat = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
+# %% ../../nbs/ship/gguf.ipynb #c440285c
 MARGIN = 8  # tokens of the context that stay free
 
 @dataclass
@@ -378,6 +379,7 @@ def expect(
         {text: tokenizer(text, add_special_tokens=False).input_ids for text in [*prompts, *asked]},
         [fork for _, fork in forks], said, [judge.LABELS.index(row["verdict"]) for row, _ in forks], longest)
 
+# %% ../../nbs/ship/gguf.ipynb #bf7dbee4
 def compare(
     path: Path,  # a .gguf file
     hf: Expected,
@@ -389,14 +391,14 @@ def compare(
                       "than HF; lower conversion.parity_tokens or data.max_characters")
     runtime = Runtime(path, needed)
     rows = [follow(runtime, *each) for each in hf.steps]
-    cut_alike = [runtime.tokens(text) == ids for text, ids in hf.cuts.items()]
-    judged = [runtime.choose(*fork) for fork in hf.forks]
+    cut_alike = [tokens(runtime, text) == ids for text, ids in hf.cuts.items()]
+    judged = [choose(runtime, *fork) for fork in hf.forks]
     def share(these):
         return sum(map(eq, judged, these)) / len(judged) if judged else None
 
-    tokens, equal = (sum(row[field] for row in rows) for field in ("tokens", "equal"))
-    return {"file": path.name, "bytes": path.stat().st_size, "prompts": len(rows), "tokens": tokens, "equal": equal,
-            "share": equal / tokens, "identical": equal == tokens, "same_ids": all(cut_alike),
+    tried, equal = (sum(row[field] for row in rows) for field in ("tokens", "equal"))
+    return {"file": path.name, "bytes": path.stat().st_size, "prompts": len(rows), "tokens": tried, "equal": equal,
+            "share": equal / tried, "identical": equal == tried, "same_ids": all(cut_alike),
             "doubt": max(row["doubt"] for row in rows), "kl": sum(row["kl"] for row in rows) / len(rows),
             "kl_max": max(row["kl_max"] for row in rows), "judged": len(judged), "agreement": share(hf.verdicts),
             "accuracy": share(hf.right), "rows": rows}

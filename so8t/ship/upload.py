@@ -113,6 +113,7 @@ def refused(
             404: f"{repo} is not there, or the token may not see it"}
     return said.get(status, f"the Hub answers {status}" if 400 <= status < 500 and status not in (408, 409, 429) else "")
 
+# %% ../../nbs/ship/upload.ipynb #6c816e14
 def send(
     parcel: str,  # folder
     repo: str,  # owner/name
