@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'JsonOption', 'COLOURS', 'DAMAGED', 'schedule',
-           'options', 'main', 'config_path', 'the_run', 'say', 'unschedule', 'run', 'start_at', 'note_drift',
-           'finished_run', 'closing_words', 'show_plan', 'scene_for', 'ago', 'duration', 'coloured', 'stage_table',
-           'checkpoint_table', 'status', 'status_page', 'checkpoint', 'list_runs', 'verify', 'report_page', 'report',
-           'show_config', 'doctor', 'needs_table', 'task_and_plan', 'schedule_install', 'schedule_status',
-           'schedule_remove', 'recover', 'notify', 'clean']
+           'ModelArgument', 'ServedOption', 'audit', 'options', 'main', 'config_path', 'the_run', 'say', 'unschedule',
+           'run', 'start_at', 'note_drift', 'finished_run', 'closing_words', 'show_plan', 'scene_for', 'ago',
+           'duration', 'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page', 'checkpoint',
+           'list_runs', 'verify', 'finished', 'report_page', 'report', 'show_config', 'doctor', 'needs_table',
+           'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove', 'recover', 'notify', 'clean',
+           'rooms', 'served', 'serve', 'judge', 'is_file', 'audit_log', 'audit_verify', 'audit_export', 'audit_prune']
 
-# %% ../nbs/cli.ipynb #2c12dfdb
+# %% ../nbs/cli.ipynb #2b983d94
 import json
+import logging
 import os
 import sys
 import time
@@ -409,12 +411,19 @@ def verify(
         say(f"{len(rows)} folders hashed, {len(damaged)} damaged")
     raise typer.Exit(DAMAGED if damaged else 0)
 
-# %% ../nbs/cli.ipynb #764fb847
+# %% ../nbs/cli.ipynb #ca14d3a0
+def finished(
+    scene: plan.Scene,
+    stage: str,
+) -> Path | None:
+    "The artifact of a stage, if it is finished."
+    return next((s.artifact for s in plan.plan(replace(scene, force=())) if s.stage == stage and s.artifact), None)
+
 def report_page(
     scene: plan.Scene,
 ) -> Path | None:
     "The report of a run, if it has one."
-    folder = next((s.artifact for s in plan.plan(replace(scene, force=())) if s.stage == "report" and s.artifact), None)
+    folder = finished(scene, "report")
     page = folder and session.Run(folder.parents[2]).notebook("report").with_suffix(".html")
     return page if page and page.is_file() else None
 
@@ -583,3 +592,112 @@ def clean(
     for v in verdicts:
         say(f"{'would go' if v in gone and dry_run else 'removed' if v in gone else 'stays'}: {v.run.id}: {v.why}")
     say(f"{len(gone)} of {len(verdicts)} runs{' would go' * dry_run}, {sum(v.size for v in gone) / 1e6:,.0f} MB")
+
+# %% ../nbs/cli.ipynb #da9ef51b
+def rooms():
+    "The functions behind these commands; a package that misses an optional part of its own says so to nobody."
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from so8t.serve import start
+
+    return start
+
+ModelArgument = Annotated[str, typer.Argument(help="A .gguf file, a model folder, or an artifact of integrate, sft or ppo.", show_default="what integrate made in the latest run that finished it")]
+ServedOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="As for so8t serve.")]
+
+def served(
+    workspace: configs.Workspace,
+    model: str,  # a path, or ""
+) -> tuple[Path, Path | None]:
+    "The model that is meant, and the benchmark of its run."
+    if model and not Path(model).exists():
+        raise Problem(f"{model}: is not there; name a .gguf file, a model folder, or an artifact")
+    if model:
+        return Path(model), None
+    for run in reversed(session.runs(workspace)):
+        with suppress(Problem):
+            scene = scene_for(workspace, run)
+            if found := finished(scene, "integrate"):
+                return found, finished(scene, "benchmark")
+    raise Problem(f"no run in {workspace.runs} has a finished model yet: so8t run, or name a model")
+
+# %% ../nbs/cli.ipynb #6211d5fb
+@app.command()
+def serve(
+    model: ModelArgument = "",
+    config: Annotated[str, typer.Option(help="Its section serve has the limits.", show_default="settings.ini")] = "",
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this computer SO8T_TOKEN or SO8T_TOKEN_FILE is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="11434 is Ollama's.")] = 8000,
+    ollama: Annotated[bool, typer.Option("--ollama", help="Ollama-compatible routes over the GGUF files, instead of /think.")] = False,
+):
+    """Serve a model: /think, /v1/chat/completions and a chat page, with verdict and public answer; each request is on record."""
+    start, workspace = rooms(), configs.workspace()
+    token, (path, scores) = start.token_for(host), served(workspace, model)
+    settings, home = configs.load(config_path(workspace, config)).config, workspace.runs / "audit"
+    made = start.ollama_server(path, settings, home, token) if ollama else start.think_server(path, scores, settings, home, token)
+    say(f"{path} on http://{host}:{port} (Ctrl-C ends it)")
+    start.listen(made, host, port)
+
+@app.command()
+def judge(
+    text: Annotated[str, typer.Argument(help="A text, the name of a file with one, or - for stdin.")] = "-",
+    model: ServedOption = "",
+    config: Annotated[str, typer.Option(help="Its section serve has the limits.", show_default="settings.ini")] = "",
+    explain: Annotated[bool, typer.Option("--explain", help="Show the public answer, too.")] = False,
+    as_json: JsonOption = False,
+):
+    """Print the verdict on a text, as the server would give it."""
+    start, workspace = rooms(), configs.workspace()
+    settings = configs.load(config_path(workspace, config)).config
+    asked = sys.stdin.read() if text == "-" else Path(text).read_text(encoding="utf-8") if is_file(text) else text
+    found = start.judge(*served(workspace, model), settings, asked.strip())
+    shown = {"verdict": found.verdict, "probabilities": found.probabilities, "escalated": found.escalated}
+    shown |= {"answer": found.answer} if explain else {}
+    say(json.dumps(shown, ensure_ascii=False) if as_json else "\n".join([found.verdict, *([found.answer] if explain else [])]))
+
+def is_file(text: str) -> bool:
+    "Whether a text is the name of a file."
+    with suppress(OSError, ValueError):
+        return Path(text).is_file()
+    return False
+
+# %% ../nbs/cli.ipynb #75a89827
+audit = typer.Typer(no_args_is_help=True, help="The log of all requests that so8t serve has answered.")
+app.add_typer(audit, name="audit")
+
+def audit_log():
+    "The log of this workspace, open."
+    from so8t.serve.audit import Audit
+
+    home = configs.workspace().runs / "audit"
+    if not (home / "audit.sqlite").is_file():
+        raise Problem(f"{home}: no audit log yet; so8t serve writes it")
+    return Audit(home)
+
+@audit.command("verify")
+def audit_verify():
+    """Check every row against its signature and the chain, and name what was removed or altered (exit code 3)."""
+    from so8t.serve.audit import verify
+
+    log = audit_log()
+    faults = verify(log)
+    for fault in faults:
+        say(fault)
+    say(f"{log.db.execute('SELECT count(*) FROM rows').fetchone()[0]} rows, {'damaged' if faults else 'whole'}")
+    raise typer.Exit(DAMAGED if faults else 0)
+
+@audit.command("export")
+def audit_export():
+    """Print the rows as JSON lines, with their signatures."""
+    from so8t.serve.audit import export
+
+    for row in export(audit_log()):
+        say(json.dumps(row, ensure_ascii=False))
+
+@audit.command("prune")
+def audit_prune(
+    days: Annotated[float, typer.Option(help="Rows that are older go.")],
+):
+    """Remove old rows; what is left stays verifiable."""
+    from so8t.serve.audit import prune
+
+    say(f"{prune(audit_log(), days)} rows removed")
