@@ -636,7 +636,7 @@ class Judging(Section):
 class Benchmark(Section):
     "How the models are compared."
 
-    models: dict[Annotated[str, Field(pattern="^[A-Z]$")], Named] = Field(
+    models: dict[Literal["A", "B", "C", "D"], Named] = Field(
         {}, description="Name -> folder, hub id, .gguf file, ollama:NAME or URL#NAME; stage ready makes them ready.")
     suites: Annotated[list[Literal[SUITES]], AfterValidator(distinct)] = Field(
         [], description="What stage suites asks (see eval.suites).")
