@@ -8,13 +8,15 @@ __all__ = ['TESTED', 'SIDES', 'EXAMS', 'KNOWN', 'CLASS', 'GONE', 'Reason', 'side
            'read_tested', 'exam', 'searched', 'quotes', 'strangers', 'surplus', 'weigh', 'cleanse', 'doubtful',
            'counts', 'slices', 'save']
 
-# %% ../../nbs/data/cleanse.ipynb #028908a3
+# %% ../../nbs/data/cleanse.ipynb #f3960ca1
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import resources
 from itertools import chain, islice
 from pathlib import Path
 
@@ -229,19 +231,22 @@ def near(
     by = left.index[[earlier for earlier, _ in found.values()]]
     return stood_before(left, left.index[list(found)], by, Reason.NEAR, [index for _, index in found.values()])
 
-# %% ../../nbs/data/cleanse.ipynb #d486a27e
+# %% ../../nbs/data/cleanse.ipynb #d8e239e3
 def read_tested(
     paths: list[str],  # data.benchmarks
     root: Path,  # relative paths start here
 ) -> dict[str, list[str]]:
-    "The texts of each benchmark: lines of a .txt file, prompts of .jsonl and .parquet rows."
-    found = {}
+    "The texts of each benchmark: prompts of our own suites, lines of a .txt file, prompts of .jsonl and .parquet rows."
+    found = defaultdict(list)
+    for line in (resources.files("so8t") / "assets" / "suite.jsonl").read_text("utf-8").splitlines():
+        item = json.loads(line)
+        found[item["suite"]].append(item["prompt"])
     for path in (Path(root, path) for path in paths):
         if path.suffix not in (".txt", ".jsonl", ".parquet") or not path.is_file():
             raise Problem(f"data.benchmarks: {path}: must be a file that is there, .txt, .jsonl or .parquet")
         lines = path.suffix == ".txt" and path.read_text("utf-8-sig", "replace").split("\n")
-        found[path.stem] = lines or [row["prompt"] for row in read_rows(path)]
-    return found
+        found[path.stem] += lines or [row["prompt"] for row in read_rows(path)]
+    return dict(found)
 
 def exam(
     tested: dict[str, list[str]],  # benchmark -> texts
