@@ -696,7 +696,7 @@ class Upload(Section):
     token_env: str = Field("HF_TOKEN", description="Environment variable with the token for the Hub.")
     token_file: str | None = Field(None, description="File with the token, where the variable is not set.")
     licences: Annotated[list[str], Field(min_length=1), AfterValidator(distinct)] = Field(
-        ["Apache-2.0", "MIT"], description="SPDX names of licences; with data or a base under any other, nothing goes.")
+        LICENCES, description="SPDX names of licences; with data or a base under any other, nothing goes.")
     base_licence: str | None = Field(None, description="SPDX name of the base model's licence, where so8t does not know it.")
     dry_run: bool = Field(False, description="List what would go, and send nothing.")
 
