@@ -155,13 +155,12 @@ def test_a_stop_does_not_wait_for_the_answer(tmp_path):
     assert caught and wait_for(lambda: gone(int((tmp_path / "child").read_text())), 10)
 
 
-def test_the_pace_is_kept(monkeypatch, tmp_path):
+def test_the_pace_is_kept(monkeypatch):
     "Ten questions at 600 a minute: the last one waits nine tenths of a second, whatever the agent does."
-    waits = []
-    desk = agents.Desk(command(tmp_path), Research(per_minute=600), tmp_path, threading.Event())
-    monkeypatch.setattr(desk.stopped, "wait", waits.append)
+    waits, pace = [], agents.Pace(600, threading.Event())
+    monkeypatch.setattr(pace.stopped, "wait", waits.append)
     for _ in range(10):
-        desk.turn()
+        pace.turn()
     assert waits[0] == 0 and waits == sorted(waits) and 0.5 < waits[-1] <= 0.9
 
 

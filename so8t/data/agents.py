@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Line', 'LANGUAGES', 'SCHEMA', 'SECRET', 'MOST', 'LATER', 'KANA', 'PATIENCE', 'Question', 'questions', 'Answer',
            'asset', 'prompt_for', 'Reply', 'Fault', 'complaint', 'loads', 'unwrapped', 'reply_of', 'end', 'finish',
-           'call_command', 'post', 'call_endpoint', 'Desk', 'row_of', 'Harvest', 'harvest', 'own', 'usable', 'save']
+           'call_command', 'post', 'call_endpoint', 'Pace', 'once', 'Desk', 'row_of', 'Harvest', 'harvest', 'own',
+           'usable', 'save']
 
 # %% ../../nbs/data/agents.ipynb #f5ce8844
 import hashlib
@@ -157,9 +158,7 @@ def reply_of(
     except (AttributeError, LookupError, TypeError, ValidationError):
         raise Fault("it printed something other than its documentation says") from None
 
-# %% ../../nbs/data/agents.ipynb #9867bd0e
-MOST = 1_000_000  # bytes of an answer
-
+# %% ../../nbs/data/agents.ipynb #c0f55ada
 def end(
     process: subprocess.Popen,
 ):
@@ -186,6 +185,9 @@ def finish(
     finally:
         end(process)
 
+# %% ../../nbs/data/agents.ipynb #353d9c04
+MOST = 1_000_000  # bytes of an answer
+
 def call_command(
     agent: Agent,
     prompt: str,
@@ -211,9 +213,7 @@ def call_command(
         raise Fault(f"exit code {code}: {complaint(wrong)}")
     return reply_of(said)
 
-# %% ../../nbs/data/agents.ipynb #813bc528
-LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-
+# %% ../../nbs/data/agents.ipynb #8c9edf70
 def post(
     agent: Agent,
     body: dict,
@@ -232,6 +232,9 @@ def post(
     except httpx.HTTPError as error:
         raise Fault(type(error).__name__) from None
     return found, data
+
+# %% ../../nbs/data/agents.ipynb #e9bf90e1
+LATER = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 def call_endpoint(
     agent: Agent,
@@ -256,7 +259,38 @@ def call_endpoint(
     except (AttributeError, LookupError, TypeError, ValueError):
         raise Fault("it answered something other than OpenAI's protocol says") from None
 
-# %% ../../nbs/data/agents.ipynb #9a060054
+# %% ../../nbs/data/agents.ipynb #fcac419a
+class Pace:
+    "So many questions in a minute, and none too early."
+
+    def __init__(
+        self,
+        per_minute: float,
+        stopped: threading.Event,  # set: give up
+    ):
+        self.every, self.stopped, self.due, self.lock = 60 / per_minute, stopped, 0.0, threading.Lock()
+
+    def turn(self):
+        "Wait until another question may be asked."
+        with self.lock:
+            wait = self.due - time.monotonic()
+            self.due = max(self.due, time.monotonic()) + self.every
+        if self.stopped.wait(max(0, wait)):
+            raise Problem("stopped")
+
+# %% ../../nbs/data/agents.ipynb #1b5298c6
+def once(
+    agent: Agent,
+    prompt: str,
+    timeout: float,  # s
+    stopped: threading.Event,  # set: give up
+) -> Reply:
+    "One attempt; its cost by the prices, where the agent does not say it."
+    reply = call_endpoint(agent, prompt, timeout) if agent.url else call_command(agent, prompt, timeout, stopped)
+    if reply.usd is None and agent.prices and None not in (reply.read, reply.written):
+        reply.usd = (reply.read * agent.prices[0] + reply.written * agent.prices[1]) / 1e6
+    return reply
+
 class Desk:
     "Asks one agent."
 
@@ -267,29 +301,12 @@ class Desk:
         cache: Path,  # folder of all answers
         stopped: threading.Event,  # set: give up
     ):
-        self.agent, self.how, self.folder, self.stopped = agent, how, cache / agent.name, stopped
-        self.lock, self.due = threading.Lock(), 0.0
+        self.agent, self.how, self.folder, self.pace = agent, how, cache / agent.name, Pace(how.per_minute, stopped)
 
-    def turn(self):
-        "Wait until the pace allows another question."
-        with self.lock:
-            wait = self.due - time.monotonic()
-            self.due = max(self.due, time.monotonic()) + 60 / self.how.per_minute
-        if self.stopped.wait(max(0, wait)):
-            raise Problem("stopped")
-
-    def once(self, prompt: str) -> Reply:
-        "One attempt."
-        self.turn()
-        how = (self.agent, prompt, self.how.timeout)
-        reply = call_endpoint(*how) if self.agent.url else call_command(*how, self.stopped)
-        if reply.usd is None and self.agent.prices and None not in (reply.read, reply.written):
-            reply.usd = (reply.read * self.agent.prices[0] + reply.written * self.agent.prices[1]) / 1e6
-        return reply
-
-    def pause(self, state: tenacity.RetryCallState) -> float:
-        "How long to wait after a fault, s."
-        return max(state.outcome.exception().wait, tenacity.wait_exponential(self.how.backoff, max=600)(state))
+    def attempt(self, prompt: str) -> Reply:
+        "One attempt, when it is its turn."
+        self.pace.turn()
+        return once(self.agent, prompt, self.how.timeout, self.pace.stopped)
 
     def ask(self, prompt: str) -> dict:
         "The reply, from the cache where it is there, with the day on which it was given."
@@ -297,9 +314,11 @@ class Desk:
         file = self.folder / f"{hashlib.sha256(json.dumps(who).encode()).hexdigest()[:32]}.json"
         with suppress(Problem):
             return disk.read_json(file)
-        often = tenacity.Retrying(retry=tenacity.retry_if_exception_type(Fault), wait=self.pause, reraise=True,
-                                  stop=tenacity.stop_after_attempt(self.how.retries + 1), sleep=self.stopped.wait)
-        reply = often(self.once, prompt).model_dump() | {"day": date.today().isoformat()}
+        longer = tenacity.wait_exponential(self.how.backoff, max=600)
+        often = tenacity.Retrying(retry=tenacity.retry_if_exception_type(Fault), reraise=True,
+                                  stop=tenacity.stop_after_attempt(self.how.retries + 1), sleep=self.pace.stopped.wait,
+                                  wait=lambda state: max(state.outcome.exception().wait, longer(state)))
+        reply = often(self.attempt, prompt).model_dump() | {"day": date.today().isoformat()}
         disk.write_json(file, reply)
         return reply
 
