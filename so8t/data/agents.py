@@ -291,6 +291,7 @@ def once(
         reply.usd = (reply.read * agent.prices[0] + reply.written * agent.prices[1]) / 1e6
     return reply
 
+# %% ../../nbs/data/agents.ipynb #9a060054
 class Desk:
     "Asks one agent."
 
