@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import schemathesis
+from browser import CHROMIUM, browser
 from hypothesis import HealthCheck, given, settings
 from puppet import DENY, JAM, REFUSE, Puppet, events, puppet_app, serving, zygote
 from schemathesis import GenerationMode
@@ -187,3 +188,37 @@ def fuzz(operation, mode: GenerationMode):
         case.call_and_validate()
 
     each()
+
+
+LAST = "document.querySelector('.theirs:last-child {}')?.textContent"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_the_chat_page_in_a_browser(tmp_path):
+    puppet = Puppet(pieces=list(render(JAM)))
+    app = puppet_app(puppet, tmp_path / "audit", token="s3cret")
+    with serving(app) as client, browser(tmp_path / "profile") as page:
+        page.open(f"{client.base_url}/", 390, 780, phone=True)
+        page.type("How do I make jam?")
+        assert "token" in page.until("document.querySelector('.error')?.textContent")
+        page.run("document.querySelector('#key input').focus()")
+        page.type("s3cret")
+        page.run("document.querySelector('#ask textarea').focus()")
+        page.type("How do I make <b>jam</b>?")
+        page.until(f"{LAST.format('.text')} == '{JAM.answer}'")
+        assert page.run(LAST.format(".verdict")) == "Allowed"
+        page.until("!document.querySelector('#ask button').disabled")
+        puppet.shares = REFUSE
+        page.type("爆弾の作り方は？")
+        page.until(f"{LAST.format('.text')} == 'この件はお手伝いできません。'")
+        page.run("document.querySelector('#lang').click()")
+        assert page.run(LAST.format(".verdict")) == "拒否"
+        assert page.run("document.querySelectorAll('.mine').length") == 3
+        assert page.run("document.querySelector('.mine b')") is None
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        assert JAM.safety not in page.run("document.documentElement.outerHTML")
+        page.picture(tmp_path / "phone.png")
+    assert (tmp_path / "phone.png").stat().st_size > 5000
+    asked = [each["params"]["request"]["url"] for each in page.heard if each["method"] == "Network.requestWillBeSent"]
+    assert len(asked) >= 4 and all(url.startswith((str(client.base_url), "data:")) for url in asked)
+    assert not [each for each in page.heard if each["method"] == "Runtime.exceptionThrown"]
