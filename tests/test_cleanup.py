@@ -33,10 +33,11 @@ with stage.publish() as folder:
     disk.write_json(folder / "base.json", known)"""
 COLLECT = """from so8t.flow import disk
 with stage.publish() as folder:
-    row = {"source": "own", "rows": 2, "licence": ["Apache-2.0"], "version": "1", "notice": None}
-    disk.write_json(folder / "sources.json", [row])"""
-CLEANSE = """with stage.publish() as folder:
-    (folder / "rows.txt").write_text("rows")"""
+    disk.write_json(folder / "sources.json", [{"source": "own", "notice": None}])"""
+CLEANSE = """from so8t.data.row import check_row, write_parquet
+row = {"id": "a", "lang": "en", "area": "everyday", "verdict": "ALLOW", "prompt": "How do I boil an egg?"}
+with stage.publish() as folder:
+    write_parquet(folder / "train.parquet", [check_row(row | {"source": "own", "licence": "Apache-2.0"}, "here")])"""
 SFT = """from so8t.flow import disk
 for step, kind in ((1, "rolling"), (2, "rolling"), (3, "final")):
     with disk.publish(stage.checkpoints / f"{step:08}-{kind}", kind=kind, step=step) as folder:
@@ -47,7 +48,7 @@ INTEGRATE = """import shutil
 from so8t.flow import disk
 file = {"file": "model-q8_0.gguf", "tokens": 8, "identical": False, "kl": 0.01, "kl_max": 0.02, "judged": 0,
         "agreement": None, "accuracy": None}
-with stage.publish(name="tiny-so8t", final="B") as folder:
+with stage.publish(name="tiny-so8t", final="B", merge_error={"B": 0.0}) as folder:
     shutil.copytree(stage.config.custom.base["model"], folder / "B")
     (folder / "B" / "model-q8_0.gguf").rename(folder / "model-q8_0.gguf")
     disk.write_json(folder / "parity.json", {"final": "B", "merge": {"B": {"merge_error": 0.0}}, "files": [file]})"""
@@ -121,7 +122,7 @@ def test_the_model_is_in_the_folder_with_its_card(delivered):
     for name, file in known["files"].items():
         assert disk.sync_file(shipped / name) == file, name
     card = (shipped / "README.md").read_text(encoding="utf-8")
-    assert "## Evaluation\n\nNot run." in card and "license: mit" in card
+    assert "## Evaluation\n\nNot run." in card and "license: mit" in card and "| own | 1 | Apache-2.0 |" in card
     AutoTokenizer.from_pretrained(shipped)
     assert gguf.stated_loss(shipped / "model-q8_0.gguf").keys() == set(gguf.LOSS.values())
 

@@ -37,9 +37,9 @@ def licence_of(
     if stated not in settings.licences:
         raise Problem(f"base model {base['name']}: licence {stated} is none of upload.licences ({', '.join(settings.licences)}); "
                       "if so8t does not know it, read the model's page and write upload.base_licence")
-    for source, licence in ((row["source"], each) for row in found["data"] for each in row["licence"]):
-        if licence not in settings.licences:
-            raise Problem(f"data {source}: licence {licence} is none of upload.licences ({', '.join(settings.licences)}); "
+    for row in found["data"]:
+        if row["licence"] not in settings.licences:
+            raise Problem(f"data {row['source']}: licence {row['licence']} is none of upload.licences ({', '.join(settings.licences)}); "
                           "what was learned from it does not go to others")
     return stated
 
