@@ -78,13 +78,14 @@ def pack(
         check_text(path.name, path.read_text(encoding="utf-8"))
     return [{"file": name, "bytes": path.stat().st_size} for name, path in disk.files_below(folder).items()]
 
-# %% ../../nbs/ship/upload.ipynb #48459b1d
+# %% ../../nbs/ship/upload.ipynb #4ce02aef
 def to_folder(
     parcel: Path,  # from `pack`
     target: Path,  # the model's folder
     **info,  # for its manifest
 ) -> dict:
     "Publish the parcel as a folder; where it is."
+    disk.need_space(target, sum(path.stat().st_size for path in disk.files_below(parcel).values()))
     if target.exists():
         if not (target / disk.MANIFEST).is_file():
             raise Problem(f"{target}: is there already and was not put there by so8t; name another upload.folder")
