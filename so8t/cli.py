@@ -9,9 +9,10 @@ __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'Json
            'duration', 'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page', 'checkpoint',
            'list_runs', 'verify', 'finished', 'report_page', 'report', 'show_config', 'doctor', 'needs_table',
            'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove', 'recover', 'notify', 'clean',
-           'rooms', 'served', 'serve', 'judge', 'is_file', 'audit_log', 'audit_verify', 'audit_export', 'audit_prune']
+           'rooms', 'served', 'serve', 'judge', 'is_file', 'looked_at', 'ui', 'audit_log', 'audit_verify',
+           'audit_export', 'audit_prune']
 
-# %% ../nbs/cli.ipynb #2b983d94
+# %% ../nbs/cli.ipynb #e7592d43
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import webbrowser
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -659,6 +661,35 @@ def is_file(text: str) -> bool:
     with suppress(OSError, ValueError):
         return Path(text).is_file()
     return False
+
+# %% ../nbs/cli.ipynb #66eb91bc
+def looked_at(
+    workspace: configs.Workspace,
+    folder: Path,  # of a run
+) -> dict:
+    "What `status` shows of a run, with the time that is left of the stage."
+    found = session.Run(folder)
+    seen, left = plan.view(scene_for(workspace, found)), monitor.line(found)
+    now = seen["progress"] and seen["progress"]["stage"]
+    return seen | {"eta_seconds": left.get("eta_seconds") if left.get("stage") == now else None}
+
+@app.command()
+def ui(
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this computer SO8T_TOKEN or SO8T_TOKEN_FILE is needed, and a browser asks for it as a password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8080,
+    with_judge: Annotated[bool, typer.Option("--judge", help="Load a model, too, and serve the page on which it answers.")] = False,
+    model: ServedOption = "",
+    config: Annotated[str, typer.Option(help="Its section serve has the limits.", show_default="settings.ini")] = "",
+):
+    """Serve pages to look at, on a phone too: runs, stages, live metrics, reports. They only read."""
+    start, workspace = rooms(), configs.workspace()
+    from so8t.serve import ui as pages
+
+    token, settings = start.token_for(host), configs.load(config_path(workspace, config)).config
+    judging = start.think_server(*served(workspace, model), settings, workspace.runs / "audit", token) if with_judge else None
+    look = pages.Look(lambda: [run.dir for run in session.runs(workspace)], partial(looked_at, workspace))
+    say(f"{workspace.runs} on http://{host}:{port} (Ctrl-C ends it)")
+    start.listen(pages.ui_app(look, settings.serve, token, judging), host, port)
 
 # %% ../nbs/cli.ipynb #75a89827
 audit = typer.Typer(no_args_is_help=True, help="The log of all requests that so8t serve has answered.")
