@@ -1,5 +1,6 @@
 "The server at its limits, under fuzzing, and in a browser."
 
+import json
 import os
 import signal
 import socket
@@ -13,9 +14,11 @@ from browser import CHROMIUM, browser
 from hypothesis import HealthCheck, given, settings
 from puppet import DENY, JAM, REFUSE, Puppet, events, puppet_app, serving, zygote
 from schemathesis import GenerationMode
+from typer.testing import CliRunner
 
+from so8t import cli
 from so8t.model.quad import render
-from so8t.serve.audit import export, verify
+from so8t.serve.audit import Audit, append, export, verify
 
 ASK = {"query": "How do I make jam?"}
 
@@ -166,6 +169,51 @@ def refused(port: int) -> bool:
     except OSError:
         return True
     return False
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    "A folder in which the command works, with a log of three requests."
+    places = "[so8t]\nruns = runs\nconfigs = .\nstages = .\nconfig = my.yaml\norder = base\n"
+    (tmp_path / "settings.ini").write_text(places)
+    (tmp_path / "my.yaml").write_text("stages: [base]\nserve: {answer_tokens: 16}\nresources: {device: cpu}\n")
+    monkeypatch.chdir(tmp_path)
+    log = Audit(tmp_path / "runs" / "audit")
+    for status in (200, 200, 503):
+        append(log, status=status)
+    return tmp_path
+
+
+def so8t(*words: str, stdin: str = ""):
+    return CliRunner().invoke(cli.app, words, input=stdin)
+
+
+def test_judge_takes_a_text_a_file_or_stdin(workspace, base):
+    (workspace / "asked.txt").write_text("boil an egg", encoding="utf-8")
+    model = ("--model", str(base), "--json")
+    text, file = so8t("judge", "boil an egg", *model), so8t("judge", "asked.txt", *model)
+    assert text.stdout == file.stdout == so8t("judge", *model, stdin="boil an egg\n").stdout
+    found = json.loads(text.stdout)
+    assert set(found) == {"verdict", "probabilities", "escalated"}
+    assert sum(found["probabilities"].values()) == pytest.approx(1)
+    explained = so8t("judge", "boil an egg", "--model", str(base), "--explain").stdout.splitlines()
+    assert explained[0] == found["verdict"] and len(explained) == 2
+    assert "is not there" in str(so8t("judge", "x", "--model", "nowhere").exception)
+
+
+def test_the_command_finds_what_was_altered(workspace):
+    assert (so8t("audit", "verify").exit_code, len(so8t("audit", "export").stdout.splitlines())) == (0, 3)
+    assert so8t("audit", "prune", "--days", "0").stdout == "3 rows removed\n"
+    assert so8t("audit", "verify").stdout == "1 rows, whole\n"
+    log = Audit(workspace / "runs" / "audit")
+    log.db.execute("UPDATE rows SET body = replace(body, 'pruned', 'prunes')")
+    found = so8t("audit", "verify")
+    assert found.exit_code == 3 and "was altered" in found.stdout
+
+
+def test_what_is_served_beyond_this_computer_needs_a_token(workspace, base, monkeypatch):
+    monkeypatch.delenv("SO8T_TOKEN", raising=False)
+    assert "needs a token" in str(so8t("serve", str(base), "--host", "0.0.0.0").exception)
 
 
 @pytest.mark.parametrize("mode", GenerationMode)

@@ -97,6 +97,7 @@ def head(
         return None if audit.db.execute("SELECT 1 FROM rows").fetchone() else (0, "")
     return row[:2] if hmac.compare_digest(row[2], audit.keyed("head", f"{row[0]} {row[1]}")) else None
 
+# %% ../../nbs/serve/audit.ipynb #f3c33268
 def add(
     audit: Audit,  # in a transaction
     facts: dict,

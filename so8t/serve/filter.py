@@ -70,6 +70,7 @@ def settled(
         low, high = (middle, high) if len(letters(text[middle:])) >= HELD else (low, middle - 1)
     return text[:low]
 
+# %% ../../nbs/serve/filter.ipynb #88143d47
 class Filter:
     "What may go out of the text that a model is writing."
 
