@@ -155,10 +155,9 @@ def test_links_strangers_and_other_trainings_stay(tmp_path):
     for home in (run / "checkpoints" / "sft", run / "checkpoints" / "ppo", outside):
         bundle(home, 1, "rolling")
         bundle(home, 2, "final")
-    with disk.publish(run / "artifacts" / "sft" / ("a" * 12)):
-        pass
-    (run / "checkpoints" / "sft" / "00000000-rolling").symlink_to(outside / "00000001-rolling")
-    (run / "artifacts" / "linked").mkdir()
+    for stage in ("sft", "linked"):
+        with disk.publish(run / "artifacts" / stage / ("a" * 12)):
+            pass
     (run / "checkpoints" / "linked").symlink_to(outside)
     stranger = run / "checkpoints" / "sft" / "00000000-final"
     stranger.mkdir()
