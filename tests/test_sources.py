@@ -183,7 +183,7 @@ def test_parquet_of_others_is_read_and_its_odd_values_are_put_aside(place):
     mapping = ASKED | {"verdicts": {"0.0": "ALLOW", "1.0": "DENY"}}
     assert aside(place, {"file": "asked.parquet"} | mapping) == [
         ("row 2", "row 2: prompt must be text, not NoneType"),
-        ("row 3", "row 3: label 'nan' has no verdict in `verdicts`; there are 0.0, 1.0"),
+        ("row 3", "row 3: label 'nan' has no verdict; `verdicts` has 0.0, 1.0"),
     ]
 
 

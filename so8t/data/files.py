@@ -64,6 +64,7 @@ def decoded(
             continue
     return Problem(f"is neither UTF-8 nor {encoding} text")
 
+# %% ../../nbs/data/files.ipynb #56d38726
 def head_of(
     file,  # open for reading bytes, at its start
 ) -> bytes:
@@ -80,6 +81,7 @@ def pass_over(
     while (rest := file.readline(longest)) and rest[-1:] not in ("\n", b"\n"):
         continue
 
+# %% ../../nbs/data/files.ipynb #639a7841
 def text_lines(
     path: Path,
     longest: int = LONGEST,

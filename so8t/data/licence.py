@@ -51,8 +51,8 @@ def together(
     names = dict.fromkeys(spdx(each) for each in said if each)
     return spdx(" AND ".join(f"({name})" for name in names if name != NOASSERTION))
 
-# %% ../../nbs/data/licence.ipynb #013a1e8f
-PURPOSE = re.compile(r"non.?commercial|(research|academic|educational|evaluation|personal)( use| purposes?)? only", re.I)
+# %% ../../nbs/data/licence.ipynb #eea5a821
+PURPOSE = re.compile(r"non.?commercial|(research|academic|evaluation|personal)( use| purposes?)? only", re.I)
 
 def licence_in_text(
     path: Path,  # a LICENSE file

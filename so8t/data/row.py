@@ -130,7 +130,8 @@ def check_row(
     if row.get("verdict") is not None:
         Verdict.parse(row["verdict"], where)
     given = {field: value for field, value in row.items() if value is not None or field in REQUIRED}
-    given = {"key": given.get("id")} | given | {"id": "to come", "group": row.get("group") or row.get("pair") or "to come"}
+    group = row.get("group") or row.get("pair") or "to come"
+    given = {"key": given.get("id")} | given | {"id": "to come", "group": group}
     try:
         checked = Row.model_validate(given).model_dump()
     except ValidationError as error:
@@ -237,6 +238,7 @@ def iter_rows(
     for table in iter_tables(paths, size):
         yield from map(loaded, table.to_pylist())
 
+# %% ../../nbs/data/row.ipynb #03d8b74d
 def shards(
     folder: Path,  # an artifact
 ) -> list[Path]:

@@ -64,7 +64,7 @@ def mapped(
     label = row.setdefault("verdict", None)
     if label is not None and how.verdicts:
         if str(label) not in how.verdicts:
-            raise Problem(f"label {str(label)[:40]!r} has no verdict in `verdicts`; there are {', '.join(how.verdicts)}")
+            raise Problem(f"label {str(label)[:40]!r} has no verdict; `verdicts` has {', '.join(how.verdicts)}")
         row["verdict"] = how.verdicts[str(label)]
     row["area"] = how.areas.get(row.get("area"), row.get("area")) or how.area
     row["lang"] = row.get("lang") or how.lang
@@ -281,7 +281,7 @@ class Sieve:
         "Say of a record why it makes no row, and how it began."
         self.bad += 1
         said = "" if isinstance(record, Problem) else repr(record)[:500]
-        self.aside({"source": name, "where": where, "reason": reason, "record": said.encode("utf-8", "replace").decode()})
+        self.aside({"source": name, "where": where, "reason": reason, "record": said})
 
 # %% ../../nbs/data/sources.ipynb #04fd3ef5
 @contextmanager
@@ -371,6 +371,7 @@ def read_source(
     record = record_of(str(source), offer) | found
     return record | {"status": verdict_on(record, sieve)}
 
+# %% ../../nbs/data/sources.ipynb #2b3661e1
 def folder_of(
     source: Source,
     place: Place,
