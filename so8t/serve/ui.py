@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LEAD', 'AT_MOST', 'ASSETS', 'ENVIRONMENT', 'CLOSED', 'OWN', 'MADE', 'clock', 'ago', 'size', 'sentence', 'points',
-           'curve', 'curves', 'machine_row', 'charts', 'Look', 'furnished', 'page', 'add_pages', 'bearer', 'Door',
-           'ui_app']
+           'smooth', 'short', 'curve', 'curves', 'machine_row', 'charts', 'Look', 'furnished', 'page', 'add_pages',
+           'bearer', 'Door', 'ui_app']
 
-# %% ../../nbs/serve/ui.ipynb #584a641a
+# %% ../../nbs/serve/ui.ipynb #396cdf9e
 import base64
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse
@@ -71,14 +72,29 @@ def sentence(
     took = clock(sum(s["seconds"] for s in run["stages"]))
     return f"{done} of {len(run['stages'])} stages finished, in {took}."
 
-# %% ../../nbs/serve/ui.ipynb #393dc888
+# %% ../../nbs/serve/ui.ipynb #6e82ebc2
 def points(
     values: list[float],
+    low: float,  # at the bottom
+    high: float,  # at the top
 ) -> str:
-    "A polyline, high values on top."
-    low, span = min(values), (max(values) - min(values)) or 1
-    across = 300 / max(1, len(values) - 1)
-    return " ".join(f"{i * across:.1f},{78 - 76 * (value - low) / span:.1f}" for i, value in enumerate(values))
+    "A polyline; where there are many values, of each stretch the last one."
+    kept = values[::-1][:: math.ceil(len(values) / 300)][::-1]
+    across, up = 300 / max(1, len(kept) - 1), 76 / ((high - low) or 1)
+    return " ".join(f"{i * across:.1f},{78 - up * (value - low):.1f}" for i, value in enumerate(kept))
+
+def smooth(
+    values: list[float],
+) -> list[float]:
+    "Each value as the mean of a tenth of them all, around it."
+    reach = len(values) // 20
+    return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+
+def short(
+    value: float,
+) -> str:
+    "Three digits or more, and no exponent where none is needed."
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.3g}"
 
 def curve(
     name: str,
@@ -86,10 +102,9 @@ def curve(
     ends: tuple,  # what stands below it, left and right
 ) -> dict:
     "What a page needs to draw a curve."
-    stride = math.ceil(len(values) / 300)
-    low, high, last = (f"{each:.3g}" for each in (min(values), max(values), values[-1]))
-    return {"name": name, "points": points(values[::-1][::stride][::-1]), "low": low, "high": high, "last": last,
-            "first": ends[0], "until": ends[1]}
+    low, high = min(values), max(values)
+    return {"name": name, "points": points(values, low, high), "smooth": points(smooth(values), low, high), "low": short(low),
+            "high": short(high), "last": short(values[-1]), "first": ends[0], "until": ends[1]}
 
 # %% ../../nbs/serve/ui.ipynb #86de5171
 LEAD = ("loss", "reward", "accuracy", "kl", "margin", "gradient_norm", "explained_variance", "entropy", "clip_fraction")
@@ -166,7 +181,7 @@ def furnished(
         maker = Path(each["artifact"]).parents[2] if each["artifact"] else folder
         page = maker / "notebooks" / f"{each['stage']}.html"
         stages.append(each | {"page": page if page.is_file() else None, "taken": maker.name if maker.name != folder.name else ""})
-    report = next((each["page"] for each in stages if each["stage"] == "report" and each["artifact"]), None)
+    report = next((each["page"] for each in stages if each["stage"] == "report" and each["status"] != "running"), None)
     return seen | {"stages": stages, "report": report}
 
 # %% ../../nbs/serve/ui.ipynb #2d2b2054
