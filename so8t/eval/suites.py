@@ -293,11 +293,12 @@ def human_scored(
     files: list[Path],  # pyrit's scorer_evals/harm/*.csv
     limit: int,
 ) -> list[dict]:
-    "Requests and answers with the mean of what people gave, 1 to 5; spread evenly over the files."
+    "Requests and answers of moderate length with the mean of what people gave, 1 to 5; spread evenly over the files."
     rows = []
     for file in sorted(files):
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         rows += csv.DictReader(line for n, line in enumerate(lines) if n or not line.startswith("#"))
+    rows = [row for row in rows if len(row["assistant_response"]) < 1500]
     wanted = rows[:: max(1, len(rows) // limit)][:limit]
     people = [[float(v) for k, v in row.items() if k and k.startswith("human_score") and v] for row in wanted]
     return [row | {"human": 1 + 4 * float(np.mean(each))} for row, each in zip(wanted, people, strict=True) if each]
@@ -358,21 +359,22 @@ def standard(
     "A row for each item of each task, and why a task was not run."
     tasks = ({"so8t_verdicts": local_task(rows, folder)} if rows else {}) | {name: name for name in settings.tasks}
     found, absent = [], {}
-    for place, (name, where) in enumerate(models.items()):
+    absent |= {f"standard, model {name}": "lm-evaluation-harness is asked about models in transformers only"
+               for name, where in models.items() if not Path(where).is_dir()}
+    asked = {name: where for name, where in models.items() if Path(where).is_dir()}
+    for place, (name, where) in enumerate(asked.items()):
         loaded = cache(partial(HFLM, where, device=device, dtype="float32", batch_size=settings.batch))
         for number, (task, what) in enumerate(tasks.items()):
             out = folder / f"{name}-{task}.jsonl"
-            progress(place * len(tasks) + number, len(models) * len(tasks), f"{name}: {task}")
+            progress(place * len(tasks) + number, len(asked) * len(tasks), f"{name}: {task}")
             try:
-                if not Path(where).is_dir():
-                    raise ValueError("lm-evaluation-harness is asked about models in transformers only")
                 if not out.exists():
                     if isinstance(what, str):
                         need_hub()
                     disk.append_jsonl(out, *harness(loaded(), what, settings.suite_items, settings.seed))
                 found += [{"model": name, "suite": task, "group": row["id"], **row} for row in disk.read_jsonl(out)]
             except (OSError, ValueError) as error:
-                absent[f"{task}, {name}"] = first_line(error)
+                absent[task] = first_line(error)
     return found, absent
 
 # %% ../../nbs/eval/suites.ipynb #aa22792b
@@ -435,7 +437,9 @@ def score_table(
     def cell(each):
         return f"{100 * each['value']:.1f} [{100 * each['low']:.1f}, {100 * each['high']:.1f}]"
 
-    return [{"suite": suite, "items": max(each["items"] for each in models.values()), **{name: cell(each) for name, each in models.items()}}
+    names = sorted({name for models in result["suites"].values() for name in models})
+    return [{"suite": suite, "items": max(each["items"] for each in models.values())}
+            | {name: cell(models[name]) if name in models else "not run" for name in names}
             for suite, models in result["suites"].items()]
 
 def gain_table(
@@ -463,7 +467,7 @@ def speed(
         mine = [row for row in rows if row["model"] == name]
         counted, firsts = [row for row in mine if row["tokens"]], [row["first"] for row in mine if row["first"]]
         lines.append({"model": name, "answers": len(mine), "batch": max(row["batch"] for row in mine),
-                      "tokens a second": sum(r["tokens"] for r in counted) / sum(r["seconds"] for r in counted) if counted else "not run",
-                      "first token, s": float(np.median(firsts)) if firsts else "not run",
-                      "memory, MB": max(row["memory"] for row in mine) / 1e6, "limits": "; ".join(mine[0]["limits"])})
+                      "tokens a second": round(sum(r["tokens"] for r in counted) / sum(r["seconds"] for r in counted), 1) if counted else "not run",
+                      "first token, s": round(float(np.median(firsts)), 3) if firsts else "not run",
+                      "memory, MB": round(max(row["memory"] for row in mine) / 1e6), "limits": "; ".join(mine[0]["limits"])})
     return lines
