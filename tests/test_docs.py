@@ -14,7 +14,7 @@ from so8t import cli
 from so8t.flow import runner
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: ROOT / "nbs" / f"{name}.ipynb" for name in ("index", "add_a_stage", "architecture", "schema")}
+PAGES = {name: ROOT / "nbs" / f"{name}.ipynb" for name in ("index", "add_a_stage", "architecture", "schema", "unattended", "limits")}
 
 
 def text_of(page: Path) -> str:
@@ -37,7 +37,7 @@ def understood(words: list[str]) -> bool:
     return CliRunner().invoke(cli.app, [*words, "--help"]).exit_code == 0
 
 
-@pytest.mark.parametrize("page", ["index", "add_a_stage", "architecture"])
+@pytest.mark.parametrize("page", ["index", "add_a_stage", "architecture", "unattended"])
 def test_every_command_of_the_pages_exists(page):
     found = commands(text_of(PAGES[page]))
     assert found and [words for words in found if not understood(words)] == []

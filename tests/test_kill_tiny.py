@@ -19,17 +19,17 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 
 class Workspace:
-    "A workspace with the real stages and configs/tiny.yaml, and runs of its own."
+    "A workspace with the real stages and configurations, and runs of its own."
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, config: str = "tiny"):
+        self.root, self.config = root, config
         shutil.copytree(ROOT / "nbs" / "stages", root / "nbs" / "stages")
         shutil.copytree(ROOT / "configs", root / "configs")
         shutil.copy(ROOT / "settings.ini", root)
 
     def start(self) -> subprocess.Popen:
         "The one command."
-        command = [sys.executable, "-c", "from so8t.cli import main; main()", "run", "tiny"]
+        command = [sys.executable, "-c", "from so8t.cli import main; main()", "run", self.config]
         out = (self.root / "out.txt").open("ab")
         return subprocess.Popen(command, cwd=self.root, stdout=out, stderr=out, start_new_session=True)
 
@@ -39,12 +39,12 @@ class Workspace:
 
     @property
     def run(self) -> Path | None:
-        return next(iter(sorted((self.root / "runs").glob("tiny-*"))), None)
+        return next(iter(sorted((self.root / "runs").glob(f"{self.config}-*"))), None)
 
     def digests(self) -> dict[str, str]:
         "Content digest of each stage's artifact."
         found = sorted(self.run.glob("artifacts/*/*/manifest.json"))
-        assert len(found) == 8
+        assert len(found) == len(list((self.run / "notebooks").glob("*.ipynb")))
         return {f.parts[-3]: json.loads(f.read_text(encoding="utf-8"))["digest"] for f in found}
 
     def repeated(self) -> list[str]:
@@ -116,3 +116,14 @@ def test_twenty_kills(reference, tmp_path):
             break
     print(f"{hits} kills in {number + 1} runs, all finished with the same artifacts")
     assert hits == 20
+
+
+@pytest.mark.soak
+def test_ten_kills_of_the_whole_mission(tmp_path):
+    undisturbed, workspace = Workspace(tmp_path / "a", "complete"), Workspace(tmp_path / "b", "complete")
+    undisturbed.finish()
+    hits = killed(workspace, 10, random.Random())
+    assert workspace.digests() == undisturbed.digests()
+    assert workspace.repeated() == []
+    print(f"{hits} kills of configs/complete.yaml, finished with the same artifacts")
+    assert hits >= 5
