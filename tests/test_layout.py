@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOUNDATION = {"flow.disk", "flow.config", "flow.problem"}
 MAY_IMPORT = {
-    "cli": {"cli", "ops", "serve", "flow"},
+    "cli": {"cli", "ops", "serve", "flow", "eval.regression"},
     "ops": {"ops", "flow"},
     "flow": {"flow"},
     "data": {"data"},
