@@ -122,7 +122,10 @@ def unschedule(
     wanted = "cleanup" in plan.stage_names(scene.config) and not scene.config.cleanup.dry_run
     if not wanted or scene.config.name != today.config.name or not all(s.artifact for s in plan.plan(replace(scene, force=()))):
         return
-    task, how = task_and_plan(config)
+    try:
+        task, how = task_and_plan(config)
+    except Problem:
+        return  # this machine has no scheduler, so there is no task
     if scheduler.installed(how) != "not installed":
         scheduler.remove(how)
         say(f"{task.name}: removed from the scheduler ({how.kind})")
