@@ -143,9 +143,7 @@ class Training:
         sft, step = self.sft, self.done
         self.prepare(step)
         chosen = batch_of([len(tokens) for tokens, _ in self.examples], step, sft.batch, self.seed)
-        parts = [chosen[i : i + self.micro_batch] for i in range(0, len(chosen), self.micro_batch)]
-        answers = sum(self.examples[i][1] for i in chosen)
-        loss = sum(self.backward([self.examples[i] for i in part], answers, len(part) / len(chosen)) for part in parts)
+        loss = self.learn(chosen, sum(self.examples[i][1] for i in chosen), len(chosen))
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         self.changing = True
         self.optimizer.step()
@@ -153,6 +151,11 @@ class Training:
         tokens = sum(len(self.examples[i][0]) for i in chosen)
         return {"step": self.done, "loss": loss, "learning_rate": rate(step, sft), "gradient_norm": norm, "tokens": tokens,
                 "micro_batch": self.micro_batch}
+
+    def learn(self, chosen: list[int], answers: int, rows: int) -> float:
+        "Add the gradients of rows of a batch, which has so many answer tokens and rows; their share of its loss."
+        parts = [chosen[i : i + self.micro_batch] for i in range(0, len(chosen), self.micro_batch)]
+        return sum(self.backward([self.examples[i] for i in part], answers, len(part) / rows) for part in parts)
 
     def prepare(self, step: int):
         "Learning rate and gate strength of a step; no gradients."
