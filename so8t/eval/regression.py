@@ -67,7 +67,7 @@ class Answer:
         seen = f"{self.metric}: {verdicts.points(self.value)} points on {self.items} items, interval {verdicts.points(self.low)} to {verdicts.points(self.high)}"
         loss = f"a loss of {100 * self.margin:g} points"
         if self.worse:
-            return f"worse: {seen}; {loss} would not matter"
+            return f"{'worse' if self.high < 0 else 'a loss, though not beyond doubt'}: {seen}; {loss} would not matter"
         shown = f"which excludes {loss}" if self.low > -self.margin else (
             f"which does not exclude {loss}; a difference of {100 * self.detectable:.1f} points would probably have been seen")
         return f"no worse: {seen}, {shown}"
