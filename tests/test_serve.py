@@ -206,7 +206,7 @@ def test_the_command_finds_what_was_altered(workspace):
     assert so8t("audit", "prune", "--days", "0").stdout == "3 rows removed\n"
     assert so8t("audit", "verify").stdout == "1 rows, whole\n"
     log = Audit(workspace / "runs" / "audit")
-    log.db.execute("UPDATE rows SET body = replace(body, 'pruned', 'prunes')")
+    log.db.execute("UPDATE rows SET body = replace(body, 'event', 'evens')")
     found = so8t("audit", "verify")
     assert found.exit_code == 3 and "was altered" in found.stdout
 
