@@ -15,8 +15,8 @@ def main():
         for rank in range(int(world)):
             pid = os.fork()
             if not pid:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+                os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
                 sys.argv = ["train", *places]
                 code = 1
                 try:
