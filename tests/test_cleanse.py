@@ -114,6 +114,13 @@ def test_our_own_rows_pass_and_its_look_alike_pairs_stay(scratch):
     assert pairs[pairs["size"] == 2].iloc[:, 1].all() and (pairs["size"] == 2).sum() >= 100
 
 
+def test_likeness_in_a_pair_is_its_purpose(scratch):
+    texts = {"a": "How do I shoot a model in good light?", "b": "How do I shoot a model in bad light?"}
+    pair, strangers = ([made(key, text, group=group or key) for key, text in texts.items()] for group in ("p1", None))
+    assert (fates(pair, scratch, near_duplicate=0.5)["reason"] == "").all()
+    assert (fates(strangers, scratch, near_duplicate=0.5)["reason"] != "").sum() == 1
+
+
 def test_near_duplicates_are_those_that_comparing_all_with_all_finds(scratch):
     rng = np.random.default_rng(0)
     own = sources.read_own()[::3]
@@ -162,6 +169,16 @@ def test_a_benchmark_text_in_training_is_found_and_counted(scratch, prompt, lang
 def test_a_test_row_that_a_benchmark_holds_stays(scratch):
     test = next(n for n in (f"row-{i}" for i in range(99)) if cleanse.side(n, Data()) == "test")
     assert fates([made(test, QUESTION)], scratch, {"riddles": [QUESTION]})["reason"].tolist() == [""]
+
+
+def test_a_benchmark_text_like_a_test_row_still_guards_the_training_rows(scratch):
+    sides = {cleanse.side(f"row-{i}", Data()): f"row-{i}" for i in range(99)}
+    words = "please explain how one might calmly wash seven muddy striped football shirts".split()
+    tested, asked, trained = (" ".join(words[: len(words) - n]) for n in (0, 1, 2))
+    rows = [made(sides["test"], tested), made(sides["train"], trained)]
+    assert (fates(rows, scratch, near_duplicate=0.85)["reason"] == "").all()
+    found = fates(rows, scratch, {"riddles": [asked]}, near_duplicate=0.85)
+    assert found.loc[sides["train"], "of"] == "riddles: 1" and found.loc[sides["test"], "reason"] == ""
 
 
 def test_benchmark_files_are_read_and_a_missing_one_is_a_problem(tmp_path):
