@@ -64,7 +64,8 @@ def metadata(
     final = parity["final"]
     settings = {stage: manifest["parts"]["config"] for stage, manifest in manifests.items()}
     training = {s: used for s, used in settings.items() if any(key.startswith("training.") for key in used)}
-    sft = training.get("sft", {}).get("training.sft", {})
+    used = {key: value for each in training.values() for key, value in each.items()}
+    adapter = {part: used.get(f"training.sft.{part}") or used.get("training.sft", {}).get(part) for part in ("gate", "lora")}
     config = disk.read_json(inputs["integrate"] / final / "config.json")
     shape = {key: config[key] for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size") if key in config}
     files = {name: file for name, file in manifests["integrate"]["files"].items()
@@ -73,8 +74,7 @@ def metadata(
         "format": 1, "so8t": packages.version("so8t"), "session": session, "name": f"{public(base['name'])}-so8t", "model": final,
         "base": base | {"name": public(base["name"]), "source": public(base["source"])},
         "architecture": {"class": config["architectures"][0], "context": longest_context(inputs["integrate"] / final)} | shape,
-        "features": {"verdicts": 4, "quad": True, "gate": sft.get("gate"), "lora": sft.get("lora"),
-                     "burned_in": parity["merge"][final]},
+        "features": {"verdicts": 4, "quad": True, "burned_in": parity["merge"][final]} | adapter,
         "training": training,
         "data": learned(inputs),
         "digests": {stage: manifest["digest"] for stage, manifest in manifests.items()},
@@ -159,8 +159,8 @@ def card(
     "The model card."
     base, training = found["base"], found["training"]
     rows = [[d["source"], d["rows"], d["licence"], d["notice"] or ""] for d in found["data"]]
-    made = "; ".join(f"{stage}: " + ", ".join(f"{k} {v}" for part in used.values() if isinstance(part, dict)
-                     for k, v in part.items() if not isinstance(v, (dict, list))) for stage, used in training.items())
+    made = "; ".join(f"{stage}: " + ", ".join(f"{k} {v}" for k, v in used.get(f"training.{stage}", {}).items()
+                                              if not isinstance(v, (dict, list))) for stage, used in training.items())
     body = f"""# {found['name']}
 
 Reads a request and gives one of four verdicts: ALLOW, ESCALATION, DENY or REFUSE. Made from {base['name']} ({base['source']}, revision
