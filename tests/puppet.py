@@ -62,7 +62,8 @@ class Puppet:
     def write(self, ids, n, told):
         text = ""
         for piece in self.pieces:
-            time.sleep(self.pause)
+            if self.pause:
+                time.sleep(self.pause)
             text += piece
             told(text)
             self.calls += 1

@@ -11,8 +11,9 @@ from puppet import ALLOW, ESCALATION, Puppet, events, puppet_app, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from so8t.data.verdict import Verdict
+from so8t.flow.config import Model, Tiny
 from so8t.model import judge
-from so8t.model.base import pretrain
+from so8t.model.base import prepare, pretrain
 from so8t.model.judge import encode, question
 from so8t.model.quad import INSTRUCTION, THOUGHTS, Malformed, Quad, parts_of, render
 from so8t.serve import filter as filters
@@ -133,8 +134,8 @@ def ways_out(client, query: str, number: int) -> list[str]:
     streamed = [said for kind, said in events(replies[1].text)]
     assert streamed[-1]["verdict"] == replies[0].json()["verdict"]
     chunks = [json.loads(line[6:]) for line in replies[-1].text.splitlines() if line.startswith("data: {")]
-    joined = ["".join(said.get("text", "") for said in streamed),
-              "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if "choices" in chunk)]  # fmt: skip
+    deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if "choices" in chunk]
+    joined = ["".join(said.get("text", "") for said in streamed), "".join(deltas)]
     return [f"{reply.text}{dict(reply.headers)}" for reply in replies] + joined
 
 
@@ -183,16 +184,19 @@ class Overheard(Hf):
         return self.written
 
 
-def test_a_real_model_shows_nothing_private(base, tmp_path, caplog):
-    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-    taught = Quad("boil an egg", "stop my tablets", "copy a film", "poison a well", Verdict.ALLOW, "boil a film")
+def test_a_real_model_shows_nothing_private(tmp_path, caplog):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    prepare(Model(base="tiny", tiny=Tiny(hidden=64, layers=2, heads=2, steps=1)), tmp_path, folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    taught = Quad("A recipe.", "Nobody is harmed.", "Food is fine.", "Answer.", Verdict.ALLOW, "Boil fruit with sugar.")
     said = {INSTRUCTION: render(taught), judge.INSTRUCTION: "ALLOW"}
-    text = "".join(question(tokenizer, asked, how) + what + "</s>" for asked in ASKED[:2] for how, what in said.items())
-    pretrain(model, torch.tensor(encode(tokenizer, text * 8)), 120, 0, rows=8, length=256)
+    text = "".join(question(tokenizer, ASKED[0], how) + what + "<|end|>" for how, what in said.items())
+    pretrain(model, torch.tensor(encode(tokenizer, text * 16)), 100, 0)
     backend = Overheard(model, tokenizer)
     written = []
-    with caplog.at_level(logging.DEBUG), serving(puppet_app(backend, tmp_path, answer_tokens=200)) as client:
-        for number, query in enumerate(ASKED):
+    with caplog.at_level(logging.DEBUG), serving(puppet_app(backend, tmp_path / "audit", answer_tokens=100)) as client:
+        for number, query in enumerate(ASKED[:6]):
             out = "\n".join(ways_out(client, query, number)) + caplog.text
             parts = parts_of(backend.written)
             written.append(not isinstance(parts, Malformed))
