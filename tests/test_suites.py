@@ -187,8 +187,8 @@ def test_a_pipeline_can_refuse_a_model_that_is_worse(tmp_path, monkeypatch):
 
 AB = """name: ab
 stages: [ready, collect, cleanse, benchmark, suites, report]
-benchmark: {{models: {{A: {a}, B: {b}}}, comparisons: [B-A], items: 24, bootstrap: 200, suite_items: 2, answer_tokens: 6,
-  suites: [default, reasoning, grammar, standard, speed, judged], judge: {{model: {b}}}}}
+benchmark: {{models: {{A: {a}, B: {b}}}, comparisons: [B-A], items: 24, bootstrap: 200, suite_items: 2,
+  answer_tokens: 6, suites: [default, reasoning, grammar, standard, speed, judged], judge: {{model: {b}}}}}
 data: {{sources: [own], rows_per_source: 120}}
 resources: {{device: cpu, threads: 1, free_disk: 1 MB}}
 """
