@@ -588,7 +588,7 @@ def recover(
     if as_json:
         return say(json.dumps(list(rows), ensure_ascii=False))
     with suppress(KeyboardInterrupt):
-        for number, row in enumerate(rows, 1):
+        for row in rows:
             came = f"; then it {row['came']}" if row["came"] else ""
             say(f"{row['time'][:19]} {row['stage']}: {row['kind']}: {row['error']}")
             say(f"    tried: {', '.join(row['tried']) or 'nothing'}{came}; against this: {row['would']}")

@@ -76,7 +76,8 @@ def test_twenty_kills_lose_no_acknowledged_row(tmp_path):
 
 def test_two_processes_make_one_chain(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from so8t.serve.audit import Audit, append; audit = Audit(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from so8t.serve.audit import Audit, append;"
+        "audit = Audit(Path(sys.argv[1]));"
         "[append(audit, who=sys.argv[2]) for _ in range(40)]"
     )
     Audit(tmp_path)

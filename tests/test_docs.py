@@ -14,7 +14,8 @@ from so8t import cli
 from so8t.flow import runner
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: ROOT / "nbs" / f"{name}.ipynb" for name in ("index", "add_a_stage", "architecture", "schema", "unattended", "limits")}
+NAMES = ("index", "add_a_stage", "architecture", "schema", "unattended", "limits")
+PAGES = {name: ROOT / "nbs" / f"{name}.ipynb" for name in NAMES}
 
 
 def text_of(page: Path) -> str:
