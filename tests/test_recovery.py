@@ -263,19 +263,21 @@ class Tiny(Workspace):
 
 @pytest.mark.soak
 def test_every_kind_alone_and_with_another_in_the_tiny_pipeline(tmp_path):
-    "After every fault that can be healed, the stage publishes the same bytes, unless it was asked to train otherwise."
+    """After every fault that can be healed, the stage publishes the same bytes. What asks a training for other settings
+    is tried on the other stages here."""
     tiny, dice = Tiny(tmp_path), random.Random()
     tiny.finish()
     reference, adjusts = tiny.digests(), {"gpu memory", "host memory", "not a number"}
     pairs = [(kind,) for kind in FAULTS] + dice.sample(list(itertools.permutations(FAULTS, 2)), 10)
     for kinds in pairs:
-        stage = dice.choice([name for name in reference if name != "report"])
+        taken = {"report", "sft", "ppo"} if adjusts & set(kinds) else {"report"}
+        stage = dice.choice([name for name in reference if name not in taken])
         lay(tmp_path, stage, kinds)
         code, digest, seen = tiny.forced(stage)
         fatal = next((kind for kind in kinds if kind in HOPELESS), None)
         assert code == (1 if fatal else 0), (stage, kinds)
         assert seen == list(kinds[: kinds.index(fatal) + 1] if fatal else kinds), (stage, kinds)
-        assert fatal or adjusts & set(kinds) or digest == reference[stage], (stage, kinds)
+        assert fatal or digest == reference[stage], (stage, kinds)
         for file in (tmp_path / "faults").iterdir():
             file.unlink()
     print(f"{len(pairs)} faults and pairs of faults, each finished or stopped with its sentence")
