@@ -185,6 +185,7 @@ class Ollama(Worded):
             found.append(Reply(said.message.content, said.eval_count, time.monotonic() - begun, first))
         return found
 
+# %% ../../nbs/eval/backends.ipynb #4b809949
 class Endpoint(Worded):
     "A model behind an OpenAI-compatible API."
 
@@ -253,6 +254,7 @@ def model_digest(
     backend.say(["Hello"], Sampling(max_tokens=1))
     return None
 
+# %% ../../nbs/eval/backends.ipynb #a942264f
 def ready(
     letter: str,  # the model's name in this comparison
     name: str,  # as configured
@@ -272,6 +274,7 @@ def ready(
     known = prepare(Model(base=name), root, folder / letter)
     return {"model": letter, "name": name, "place": f"./{letter}", "digest": known["revision"]}
 
+# %% ../../nbs/eval/backends.ipynb #b609e89a
 def models_of(
     inputs: dict[str, Path],  # artifacts: of ready, or of base and integrate
 ) -> dict[str, str]:

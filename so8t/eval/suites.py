@@ -348,6 +348,7 @@ def harness(
     return [{"id": f"{name}-{each['doc'].get('id', each['doc_id'])}", "score": float(each[each["metrics"][0]])}
             for name, samples in found["samples"].items() for each in samples]
 
+# %% ../../nbs/eval/suites.ipynb #b4336d57
 def standard(
     models: dict[str, str],
     rows: list[dict],  # held-out rows
@@ -401,6 +402,7 @@ def versus(
     p = stats.mcnemar(x, y)["p"] if {*x, *y} <= {0.0, 1.0} else found["wilcoxon_p"]
     return {"suite": a[0]["suite"], "a": a[0]["model"], "b": b[0]["model"], "items": len(pairs), **found, "p": p}
 
+# %% ../../nbs/eval/suites.ipynb #f7036fe7
 def outcome(
     found: dict,  # from `versus`, with p_holm
     confidence: float,
