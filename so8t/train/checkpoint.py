@@ -148,7 +148,7 @@ class Checkpointer:
         "Persist; an error is told, and training goes on."
         try:
             self.persist(place, step, kind, shape)
-        except OSError as error:
+        except (OSError, Problem) as error:
             self.statistics["failures"] += 1
             self.say(f"checkpoint {place.name} could not be written ({error}); training goes on, the next one is due "
                      f"in {self.every:.0f} s")
