@@ -44,7 +44,7 @@ class Workspace:
     def digests(self) -> dict[str, str]:
         "Content digest of each stage's artifact."
         found = sorted(self.run.glob("artifacts/*/*/manifest.json"))
-        assert len(found) == len(list((self.run / "notebooks").glob("*.ipynb")))
+        assert len(found) == len({p.name.partition(".")[0] for p in (self.run / "notebooks").glob("*.ipynb")})
         return {f.parts[-3]: json.loads(f.read_text(encoding="utf-8"))["digest"] for f in found}
 
     def repeated(self) -> list[str]:
