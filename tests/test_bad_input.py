@@ -3,10 +3,9 @@
 import os
 import shutil
 import subprocess
-import time
 
 import pytest
-from garden import CONFIG, PICK, SEED, Garden, wait_for, write_notebook
+from garden import CONFIG, PICK, SEED, Garden, write_notebook
 
 
 @pytest.fixture
@@ -115,20 +114,6 @@ def mounted(garden, request):
 @pytest.mark.parametrize("mounted", ["ro"], indirect=True)
 def test_a_read_only_runs_folder(mounted):
     one_line(mounted.so8t("run"), 2, "Runs folder", str(mounted.runs))
-
-
-@root_only
-@pytest.mark.parametrize("mounted", ["size=12m"], indirect=True)
-def test_a_disk_that_fills_loses_nothing(mounted):
-    big = "with stage.publish() as folder:\n    (folder / 'result.txt').write_bytes(b'x' * 16_000_000)"
-    write_notebook(mounted.root, "grow", ["seed"], ["custom.grow"], big)
-    runner = mounted.start("run")
-    wait_for(lambda: [*mounted.runs.glob("*/events.jsonl")] and mounted.events("stage_finished"), 90)
-    time.sleep(5)
-    assert runner.poll() is None, "a full disk ends no run: it waits for room"
-    subprocess.run(["mount", "-o", "remount,size=64m", str(mounted.runs)], check=True)
-    assert runner.wait(110) == 0
-    assert [e["stage"] for e in mounted.events("stage_started")].count("seed") == 1
 
 
 def test_debug_shows_where(garden):
