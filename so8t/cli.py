@@ -6,13 +6,13 @@
 __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'JsonOption', 'COLOURS', 'DAMAGED', 'WORSE',
            'schedule', 'ModelArgument', 'ServedOption', 'audit', 'options', 'main', 'config_path', 'the_run', 'say',
            'unschedule', 'run', 'start_at', 'note_drift', 'finished_run', 'closing_words', 'show_plan', 'scene_for',
-           'ago', 'duration', 'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page', 'checkpoint',
-           'list_runs', 'verify', 'finished', 'report_page', 'report', 'answered', 'compare', 'show_config', 'doctor',
-           'needs_table', 'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove', 'recover',
-           'notify', 'clean', 'rooms', 'served', 'serve', 'judge', 'is_file', 'looked_at', 'ui', 'audit_log',
-           'audit_verify', 'audit_export', 'audit_prune']
+           'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page', 'checkpoint', 'list_runs', 'verify',
+           'finished', 'report_page', 'report', 'answered', 'compare', 'show_config', 'doctor', 'needs_table',
+           'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove', 'recover', 'notify', 'clean',
+           'rooms', 'served', 'serve', 'judge', 'is_file', 'looked_at', 'ui', 'audit_log', 'audit_verify',
+           'audit_export', 'audit_prune']
 
-# %% ../nbs/cli.ipynb #e7592d43
+# %% ../nbs/cli.ipynb #2552a205
 import json
 import logging
 import os
@@ -21,7 +21,6 @@ import time
 import webbrowser
 from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +35,7 @@ from .flow import config as configs
 from .flow import disk, plan, runner, session
 from .flow.problem import Problem
 from .flow.screen import screen
+from .flow.words import ago, clock
 from .ops import clean as cleaning
 from .ops import doctor as checks
 from .ops import estimate, gpu, monitor
@@ -252,27 +252,6 @@ def scene_for(
     "The scene of a run, for looking at it."
     return runner.scene_of(workspace, run, runner.Wish())
 
-def ago(
-    when: str | None,  # ISO time
-) -> str:
-    "How long ago that was: 12 s, 5 min, 3 h, 2 d."
-    if not when:
-        return ""
-    seconds = (datetime.now().astimezone() - datetime.fromisoformat(when).astimezone()).total_seconds()
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
-
-def duration(
-    seconds: float,
-) -> str:
-    "Seconds as 4.2 s, 3 min 20 s, 2 h 5 min."
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
 # %% ../nbs/cli.ipynb #bde1d6c4
 COLOURS = {"finished": "green", "completed": "green", "running": "bold yellow", "failed": "bold red", "interrupted": "magenta",
            "waiting": "dim", "partial": "cyan", "new": "dim"}
@@ -298,7 +277,7 @@ def stage_table(
             what = f"{live['done']:g} of {live['total']:g}  {live['note']}"
         whose = f"  from {folder.parents[2].name}" if folder and folder.parents[2].name != seen["id"] else ""
         table.add_row(row["stage"], coloured(row["status"]), str(row["attempts"] or ""),
-                      duration(row["seconds"]) if row["seconds"] else "", (folder.name if folder else "") + whose, ago(row["published"]), what)
+                      clock(row["seconds"]) if row["seconds"] else "", (folder.name if folder else "") + whose, ago(row["published"]), what)
     return table
 
 def checkpoint_table(
@@ -341,7 +320,7 @@ def status_page(
     machine, left = monitor.latest(scene.run), monitor.line(scene.run)
     parts = [stage_table(seen)] + ([checkpoint_table(seen)] if seen["checkpoints"] else [])
     if "eta_seconds" in left and seen["status"] == "running":
-        parts.append(f"  {left['stage']}: done in {duration(left['eta_seconds'])}, as it was {ago(left['time'])} ago")
+        parts.append(f"  {left['stage']}: done in {clock(left['eta_seconds'])}, as it was {ago(left['time'])} ago")
     if machine:
         parts.append(f"  {monitor.said(machine)}  ({ago(machine['time'])} ago)")
     return Group(*parts)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOUNDATION = {"flow.disk", "flow.config", "flow.problem"}
+FOUNDATION = {"flow.disk", "flow.config", "flow.problem", "flow.words"}
 MAY_IMPORT = {
     "cli": {"cli", "ops", "serve", "flow", "eval.regression"},
     "ops": {"ops", "flow"},

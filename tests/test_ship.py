@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Confi
 from so8t.flow.problem import Problem
 from so8t.model import burnin
 from so8t.model.judge import LABELS
+from so8t.model.llama import Llama
 from so8t.ship import gguf
 
 torch.set_num_threads(1)
@@ -127,7 +128,7 @@ def test_long_rope_is_the_same_model_up_to_its_first_length_only(tmp_path):
     gguf.convert(model, path)
     hf = gguf.expect(model, TEXT[:1], 8)
     assert hf.longest == 256 and gguf.compare(path, hf)["identical"]
-    assert gguf.follow(gguf.Runtime(path, 257), *hf.steps[0])["kl"] > 1, "the trap is still there"
+    assert gguf.follow(Llama(path, 257), *hf.steps[0])["kl"] > 1, "the trap is still there"
     with pytest.raises(Problem, match="other rope factors"):
         gguf.compare(path, gguf.expect(model, TEXT[:1], 240))
 
@@ -152,7 +153,7 @@ def test_a_torn_file_is_refused(tmp_path):
     gguf.convert(tiny(tmp_path / "model", "llama"), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(Problem, match="llama.cpp cannot load it"):
-        gguf.Runtime(path)
+        Llama(path)
 
 
 def test_the_installed_gguf_is_the_converters():
@@ -166,8 +167,8 @@ def test_the_installed_gguf_is_the_converters():
 def test_nothing_outlives_a_killed_caller(tmp_path):
     path = tmp_path / "model.gguf"
     gguf.convert(tiny(tmp_path / "model", "llama"), path)
-    script = ("import sys, time; from pathlib import Path; from so8t.ship.gguf import Runtime; "
-              "runtime = Runtime(Path(sys.argv[1])); print(runtime.server.listening_address, flush=True); "
+    script = ("import sys, time; from pathlib import Path; from so8t.model.llama import Llama; "
+              "runtime = Llama(Path(sys.argv[1])); print(runtime.server.listening_address, flush=True); "
               "time.sleep(60)")
     caller = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
     port = int(caller.stdout.readline().strip().rsplit(":", 1)[1])

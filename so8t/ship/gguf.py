@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PHI3_TOKENS', 'KINDS', 'LOSS', 'TOP', 'ROUNDED', 'MARGIN', 'TIE', 'BROKEN', 'read_config', 'check_convertible',
-           'safe_name', 'convert', 'more_bits', 'k_type', 'arch', 'typed', 'quantize', 'make', 'convert_all', 'Runtime',
-           'tokens', 'generate', 'next_token', 'choose', 'workplace', 'move_all', 'reference', 'divergence', 'follow',
+           'safe_name', 'convert', 'more_bits', 'k_type', 'arch', 'typed', 'quantize', 'make', 'convert_all',
+           'generate', 'next_token', 'choose', 'workplace', 'move_all', 'reference', 'divergence', 'follow',
            'longest_context', 'encode', 'Expected', 'expect', 'compare', 'parity', 'check_parity', 'state_loss',
            'stated_loss']
 
-# %% ../../nbs/ship/gguf.ipynb #91c71033
+# %% ../../nbs/ship/gguf.ipynb #daa0c833
 import io
 import json
 import math
@@ -18,16 +18,12 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from operator import eq
 from pathlib import Path
-from secrets import token_hex
 from tempfile import mkdtemp
-from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
 
 import gguf
 import libgguf
 import numpy as np
 import torch
-import xllamacpp
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as chatter
@@ -35,6 +31,7 @@ from transformers.utils import logging as chatter
 from ..flow import disk
 from ..flow.problem import Problem
 from ..model import judge
+from ..model.llama import Llama
 
 chatter.disable_progress_bar()
 
@@ -191,59 +188,18 @@ def convert_all(
     files = [{"file": f"model-{kind}.gguf", "bytes": make(folder, out / f"model-{kind}.gguf", kind, name)} for kind in kinds]
     return [{**each, "of_safetensors": round(each["bytes"] / weights, 3)} for each in files]
 
-# %% ../../nbs/ship/gguf.ipynb #aa7a0697
-class Runtime:
-    "A GGUF file, loaded in llama.cpp."
-
-    def __init__(
-        self,
-        path: Path,  # the .gguf file
-        context: int = 512,  # tokens that prompt and answer may have together
-    ):
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(path), context, 1
-        params.cpuparams.n_threads = torch.get_num_threads()
-        params.verbosity, params.warmup = -1, False
-        self.key = token_hex()
-        params.api_keys = [self.key]
-        try:
-            self.server = xllamacpp.Server(params)
-        except RuntimeError:
-            raise Problem(f"{path}: llama.cpp cannot load it; the file is damaged or of another version") from None
-
-    def ask(
-        self,
-        route: str,  # of llama.cpp's server
-        body: dict,
-    ) -> dict:
-        "What llama.cpp answers."
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        request = Request(self.server.listening_address + route, json.dumps(body).encode(), headers)
-        try:
-            with build_opener(ProxyHandler({})).open(request) as reply:
-                return json.load(reply)
-        except HTTPError as error:
-            raise Problem(f"llama.cpp: {json.load(error)['error']['message']}") from None
-
-# %% ../../nbs/ship/gguf.ipynb #a89b11a1
-def tokens(
-    runtime: Runtime,
-    text: str,
-) -> list[int]:
-    "The text as this file's tokenizer cuts it, without marks of beginning and end."
-    return runtime.ask("/tokenize", {"content": text, "add_special": False})["tokens"]
-
+# %% ../../nbs/ship/gguf.ipynb #618c1f56
 def generate(
-    runtime: Runtime,
+    runtime: Llama,
     ids: list[int],  # the prompt
     n: int,  # tokens to add at most
     **more,  # for llama.cpp's server
 ) -> dict:
     "What llama.cpp goes on with, greedily: its whole reply, with `tokens`."
-    return runtime.ask("/completion", {"prompt": ids, "n_predict": n, "temperature": 0, "return_tokens": True, **more})
+    return runtime.ask("/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True, **more)
 
 def next_token(
-    runtime: Runtime,
+    runtime: Llama,
     ids: list[int],  # the prompt
     top: int,  # likeliest tokens to tell about
 ) -> tuple[int, dict[int, float]]:
@@ -253,7 +209,7 @@ def next_token(
     return reply["tokens"][0], {t["id"]: t["logprob"] for t in steps[0]["top_logprobs"]} if steps else {}
 
 def choose(
-    runtime: Runtime,
+    runtime: Llama,
     ids: list[int],  # the prompt
     among: list[int],  # tokens
 ) -> int:
@@ -305,9 +261,9 @@ def divergence(
     p, q = (torch.cat([x, (1 - x.sum()).clamp_min(1e-12)[None]]) for x in (p, q))
     return max(0.0, float((p * (p / q).log()).sum()))
 
-# %% ../../nbs/ship/gguf.ipynb #89e35f9d
+# %% ../../nbs/ship/gguf.ipynb #8400319c
 def follow(
-    runtime: Runtime,
+    runtime: Llama,
     ids: list[int],  # the prompt
     said: list[int],  # what the HF model went on with
     steps: torch.Tensor,  # its log-probabilities at each step
@@ -389,9 +345,9 @@ def compare(
     if needed > hf.longest:
         raise Problem(f"{path.name}: a prompt needs {needed} tokens, and beyond {hf.longest} llama.cpp takes other rope factors "
                       "than HF; lower conversion.parity_tokens or data.max_characters")
-    runtime = Runtime(path, needed)
+    runtime = Llama(path, needed)
     rows = [follow(runtime, *each) for each in hf.steps]
-    cut_alike = [tokens(runtime, text) == ids for text, ids in hf.cuts.items()]
+    cut_alike = [runtime(text)["input_ids"] == ids for text, ids in hf.cuts.items()]
     judged = [choose(runtime, *fork) for fork in hf.forks]
     def share(these):
         return sum(map(eq, judged, these)) / len(judged) if judged else None
