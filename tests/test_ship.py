@@ -39,7 +39,8 @@ def tiny(folder: Path, kind: str, seed: int = 0, shape=(), tokens=()) -> Path:
         sentence_iterator=iter(TEXT * 20), model_writer=model, vocab_size=350, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", pad_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **dict(tokens)}
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", **marks, **dict(tokens)}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -73,7 +74,7 @@ CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endf
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("swallows", [True, False])
 def test_the_chat_form_is_cut_alike(tmp_path, swallows, legacy):
-    "Phi-3's special tokens swallow the white space behind them, whatever the model is called; text behind them begins with a space."
+    "Phi-3's special tokens swallow the white space behind them, whatever the model is called; or a space follows them."
     model, path = tiny(tmp_path / "model", "phi3", tokens={"legacy": legacy}), tmp_path / "model-f16.gguf"
     tokenizer = AutoTokenizer.from_pretrained(model)
     marks = [AddedToken(mark, special=True, rstrip=swallows) for mark in ("<|user|>", "<|assistant|>", "<|end|>")]
