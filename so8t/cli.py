@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'JsonOption', 'COLOURS', 'DAMAGED', 'WORSE',
            'schedule', 'ModelArgument', 'ServedOption', 'audit', 'options', 'main', 'config_path', 'the_run', 'say',
-           'unschedule', 'run', 'start_at', 'note_drift', 'finished_run', 'closing_words', 'show_plan', 'scene_for',
-           'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page', 'checkpoint', 'list_runs', 'verify',
-           'finished', 'report_page', 'report', 'answered', 'compare', 'show_config', 'doctor', 'needs_table',
-           'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove', 'recover', 'notify', 'clean',
-           'rooms', 'served', 'serve', 'judge', 'is_file', 'looked_at', 'ui', 'audit_log', 'audit_verify',
-           'audit_export', 'audit_prune']
+           'unschedule', 'run', 'start_at', 'note_drift', 'finished_run', 'closing_words', 'show_plan', 'init',
+           'scene_for', 'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page', 'checkpoint',
+           'list_runs', 'verify', 'finished', 'report_page', 'report', 'answered', 'compare', 'show_config', 'doctor',
+           'needs_table', 'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove', 'recover',
+           'notify', 'clean', 'rooms', 'served', 'serve', 'judge', 'is_file', 'looked_at', 'ui', 'audit_log',
+           'audit_verify', 'audit_export', 'audit_prune']
 
 # %% ../nbs/cli.ipynb #2552a205
 import json
@@ -33,6 +33,7 @@ from rich.table import Table
 
 from .flow import config as configs
 from .flow import disk, plan, runner, session
+from .flow import workspace as workspaces
 from .flow.problem import Problem
 from .flow.screen import screen
 from .flow.words import ago, clock
@@ -243,6 +244,16 @@ def show_plan(
     for row in rows:
         table.add_row(row["stage"], f"[{colours[row['action']]}]{row['action']}[/]", row["reason"])
     console.print(table)
+
+# %% ../nbs/cli.ipynb #560583b7
+@app.command()
+def init(
+    folder: Annotated[str, typer.Argument(help="Made if it is not there.")] = ".",
+):
+    """Make a workspace: settings.ini, pipelines in configs/, stage notebooks in nbs/stages/. What is there stays as it is."""
+    written = workspaces.init(Path(folder))
+    go = "" if folder == "." else f"cd {folder}, then "
+    say(f"{folder}: {len(written)} files; {go}so8t run configs/tiny.yaml" if written else f"{folder}: is a workspace already; nothing was changed")
 
 # %% ../nbs/cli.ipynb #82d468bd
 def scene_for(
