@@ -657,12 +657,14 @@ def serve(
     ollama: Annotated[bool, typer.Option("--ollama", help="Ollama-compatible routes over the GGUF files, instead of /think.")] = False,
 ):
     """Serve a model: /think, /v1/chat/completions and a chat page, with verdict and public answer; each request is on record."""
+    from so8t.serve import guard
+
     start, workspace = rooms(), configs.workspace()
-    token, (path, scores) = start.token_for(host), served(workspace, model)
+    token, (path, scores) = guard.token_for(host), served(workspace, model)
     settings, home = configs.load(config_path(workspace, config)).config, workspace.runs / "audit"
     made = start.ollama_server(path, settings, home, token) if ollama else start.think_server(path, scores, settings, home, token)
     say(f"{path} on http://{host}:{port} (Ctrl-C ends it)")
-    start.listen(made, host, port)
+    guard.listen(made, host, port)
 
 @app.command()
 def judge(
@@ -707,14 +709,15 @@ def ui(
     config: Annotated[str, typer.Option(help="Its section serve has the limits.", show_default="settings.ini")] = "",
 ):
     """Serve pages to look at, on a phone too: runs, stages, live metrics, reports. They only read."""
-    start, workspace = rooms(), configs.workspace()
+    from so8t.serve import guard
     from so8t.serve import ui as pages
 
-    token, settings = start.token_for(host), configs.load(config_path(workspace, config)).config
-    judging = start.think_server(*served(workspace, model), settings, workspace.runs / "audit", token) if with_judge else None
+    workspace = configs.workspace()
+    token, settings = guard.token_for(host), configs.load(config_path(workspace, config)).config
+    judging = rooms().think_server(*served(workspace, model), settings, workspace.runs / "audit", token) if with_judge else None
     look = pages.Look(lambda: [run.dir for run in session.runs(workspace)], partial(looked_at, workspace))
     say(f"{workspace.runs} on http://{host}:{port} (Ctrl-C ends it)")
-    start.listen(pages.ui_app(look, settings.serve, token, judging), host, port)
+    guard.listen(pages.ui_app(look, settings.serve, token, judging), host, port)
 
 # %% ../nbs/cli.ipynb #75a89827
 audit = typer.Typer(no_args_is_help=True, help="The log of all requests that so8t serve has answered.")

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -103,6 +104,18 @@ def answers(port: int) -> bool:
         return httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).is_success
     except httpx.TransportError:
         return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_pages_without_a_judge_need_no_torch(tmp_path):
+    garden, port = Garden(tmp_path / "garden"), free_port()
+    server = garden.start("ui", "--port", str(port))
+    try:
+        wait_for(lambda: answers(port))
+        assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 @with_browser
