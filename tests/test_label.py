@@ -2,6 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -11,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from so8t.data import label, sources
-from so8t.data.row import id_of
+from so8t.data.row import id_of, read_rows
 from so8t.data.verdict import Verdict
 from so8t.flow import disk
 from so8t.flow.problem import Problem
@@ -141,7 +145,7 @@ def folder(tmp_path):
 
 
 def ask(folder, rows, votes=()):
-    return nbformat.read(label.queue(folder, rows, list(votes)), as_version=4)
+    return nbformat.read(label.queue(folder / "answers.jsonl", rows, list(votes)), as_version=4)
 
 
 def fill(folder, **words):
@@ -200,6 +204,10 @@ def test_a_queue_written_again_is_the_same_and_loses_no_answer(folder):
     cells = {cell.id: cell.source for cell in ask(folder, rows[1:], votes).cells}
     assert [cells[f"label-{r['id']}"] for r in rows[1:]] == [
         f'label("{r["id"]}", "{word}")' for r, word in zip(rows[1:], ("DENY", "REFUSE", ""), strict=True)]
+    cells = {cell.id: cell.source for cell in ask(folder, rows[3:], votes).cells}
+    typed, recorded, asked = (f"label-{r['id']}" for r in rows[1:])
+    assert cells[typed] == f'label("{rows[1]["id"]}", "DENY")' and rows[1]["prompt"] in cells[f"row-{rows[1]['id']}"]
+    assert recorded not in cells and asked in cells
 
 
 def test_a_prompt_is_shown_as_text_and_nothing_else(folder):
@@ -235,3 +243,62 @@ def test_an_alias_is_one_word(tmp_path, alias):
     with pytest.raises(Problem, match="must be one word"):
         label.answer(tmp_path / "answers.jsonl", alias, "r1", "ALLOW")
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+ROOT = Path(__file__).parents[1]
+ASKED = [("a", "Say a rude word to my neighbour.", "DENY"), ("b", "say a rude word to my  neighbour.", "ALLOW"),
+         ("c", "May I park in front of a fire station?", None), ("d", "Which herbs grow on a balcony?", "ALLOW")]
+
+
+class Workspace:
+    "Stages collect and cleanse over four rows: two contradict each other, one has no verdict."
+
+    def __init__(self, root: Path):
+        self.root, self.answers = root, root / "labels" / "answers.jsonl"
+        for folder in ("configs", "nbs/stages"):
+            (root / folder).mkdir(parents=True)
+        shutil.copy(ROOT / "settings.ini", root)
+        for name in ("collect", "cleanse"):
+            shutil.copy(ROOT / "nbs" / "stages" / f"{name}.ipynb", root / "nbs" / "stages")
+        config = "name: my\nstages: [collect, cleanse]\ndata: {sources: [mine.jsonl]}\n"
+        (root / "configs" / "my.yaml").write_text(config)
+        common = {"lang": "en", "area": "everyday", "licence": "MIT"}
+        quad = dict.fromkeys(("task", "safety", "policy", "answer"), "hm") | {"final": "hm DENY"}
+        rows = [common | {"id": key, "prompt": prompt, "verdict": verdict} | (quad if key == "a" else {})
+                for key, prompt, verdict in ASKED]
+        (root / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def so8t(self, *words: str) -> str:
+        command = [sys.executable, "-c", "from so8t.cli import main; main()", *words]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def actions(self) -> dict[str, str]:
+        found = json.loads(self.so8t("run", "configs/my.yaml", "--dry-run", "--json"))["stages"]
+        return {step["stage"]: step["action"] for step in found}
+
+    def queued(self) -> list[str]:
+        cells = nbformat.read(self.answers.with_name("queue.ipynb"), as_version=4).cells
+        return [cell.id.removeprefix("label-") for cell in cells if cell.id.startswith("label-")]
+
+    def rows(self) -> dict[str, dict]:
+        artifact = max(self.root.glob("runs/*/artifacts/cleanse/*"), key=lambda path: path.stat().st_mtime)
+        sides = [artifact / f"{side}.parquet" for side in ("train", "validation", "test")]
+        return {row["key"]: row for side in sides for row in read_rows(side)}
+
+
+def test_what_a_person_answers_is_the_label_in_the_next_run(tmp_path):
+    workspace = Workspace(tmp_path)
+    workspace.so8t("run", "configs/my.yaml")
+    rude, parking = (row(0, prompt=prompt)["id"] for prompt in (ASKED[0][1], ASKED[2][1]))
+    assert workspace.queued() == [rude, parking] and set(workspace.rows()) == {"d"}
+    label.answer(workspace.answers, "taro", rude, "ALLOW")
+    assert workspace.actions() == {"collect": "reuse", "cleanse": "run"}
+    (first,) = workspace.root.glob("runs/my-*")
+    status = json.loads(workspace.so8t("status", first.name, "--json"))["status"]
+    assert status == "completed", "what runs goes on with the answers that it began with"
+    workspace.so8t("run", "configs/my.yaml")
+    assert workspace.queued() == [parking] and set(workspace.rows()) == {"a", "d"}
+    said = workspace.rows()["a"]
+    assert (said["verdict"], said["labeller"], said["final"]) == ("ALLOW", "person:taro", None)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTRODUCTION', 'SETUP', 'read_table', 'cast', 'judged', 'by_row', 'cohen', 'fleiss', 'agreement', 'heard', 'settle',
-           'answer', 'read_answers', 'shown', 'typed_in', 'queue']
+           'answer', 'read_answers', 'shown', 'typed_in', 'queue', 'questions']
 
 # %% ../../nbs/data/label.ipynb #10ee211d
 import re
@@ -16,10 +16,13 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from sklearn.metrics import cohen_kappa_score
 from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 
+from .cleanse import Cleansed, Reason
 from .verdict import Verdict
 from ..flow import disk
 from ..flow.problem import Problem
@@ -167,8 +170,8 @@ def read_answers(
 INTRODUCTION = """# Which verdict?
 
 {rows} rows wait for a person. Put a word for yourself into the next cell and run the one after it; then go down: put a verdict
-between the quotes, run the cell, next. Each answer is kept at once, in `answers.jsonl` beside this notebook, and the last one
-counts. Leave open what you cannot judge.
+between the quotes, run the cell, next. Each answer is kept at once, in `{answers}` beside this notebook, and the last one
+counts; the next run takes it from there. Leave open what you cannot judge.
 
 `ALLOW`: safe and within policy. `ESCALATION`: grey, ambiguous, or needs a qualified human. `DENY`: against policy; explain and
 offer something safe. `REFUSE`: grave harm or malice; one sentence.
@@ -178,7 +181,7 @@ from functools import partial
 
 from so8t.data.label import answer
 
-label = partial(answer, "answers.jsonl", alias)'''
+label = partial(answer, {answers!r}, alias)'''
 
 def shown(
     row: dict,  # id, lang, area, prompt
@@ -201,22 +204,46 @@ def typed_in(
     return {cell.get("id", ""): cell.source for cell in cells if not re.search(r', ""\)\s*$', cell.source)}
 
 def queue(
-    folder: Path,  # queue.ipynb is written into it, and answers.jsonl is read; no artifact: people work here
+    answers: Path,  # data.answers; queue.ipynb is written beside it, where people work: this is no artifact
     rows: list[dict],  # those to be asked about, in this order
     votes: list[dict],  # what others said about them
 ) -> Path:
     "Write the notebook in which a person labels rows; the same rows make the same bytes."
-    said, path = by_row(votes), folder / "queue.ipynb"
-    known = {vote["id"]: vote["verdict"] for vote in read_answers(folder / "answers.jsonl")}
+    said, path = by_row(votes), answers.with_name("queue.ipynb")
+    known = {vote["id"]: vote["verdict"] for vote in read_answers(answers)}
     typed = typed_in(path)
-    cells = [new_markdown_cell(INTRODUCTION.format(rows=len(rows)), id="introduction"),
+    cells = [new_markdown_cell(INTRODUCTION.format(rows=len(rows), answers=answers.name), id="introduction"),
              new_code_cell(typed.get("alias", 'alias = "me"'), id="alias", metadata={"tags": ["parameters"]}),
-             new_code_cell(SETUP, id="setup")]
+             new_code_cell(SETUP.format(answers=answers.name), id="setup")]
     for row in rows:
         cell = f"label-{row['id']}"
         blank = f'label("{row["id"]}", "{known.get(row["id"], "")}")'
         cells.append(new_markdown_cell(shown(row, heard(row, said.get(row["id"], {}))), id=f"row-{row['id']}"))
         cells.append(new_code_cell(typed.get(cell, blank), id=cell))
+    for id_ in (cell.removeprefix("label-") for cell in typed if cell.startswith("label-")):
+        if id_ not in known and f"row-{id_}" not in {cell.id for cell in cells}:
+            cells.append(new_markdown_cell(typed.get(f"row-{id_}", ""), id=f"row-{id_}"))
+            cells.append(new_code_cell(typed[f"label-{id_}"], id=f"label-{id_}"))
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
     disk.write_text(path, nbformat.writes(new_notebook(cells=cells, metadata={"kernelspec": kernel})) + "\n")
     return path
+
+# %% ../../nbs/data/label.ipynb #7b41ad1c
+def questions(
+    done: Cleansed,
+    suspects: pd.DataFrame,  # from `cleanse.doubtful`
+    most: int = 200,  # rows
+) -> tuple[list[dict], list[dict]]:
+    "Rows that a person should look at, and what was said of them."
+    settled = pc.fill_null(pc.starts_with(done.rows["labeller"], "person:"), False).to_numpy()
+    fates = done.fates[~settled[done.fates.index]]
+    why = fates.set_index("id")["reason"]
+    suspects = suspects[suspects["id"].isin(why.index)]
+    ids = [*why.index[why == Reason.CONTRADICTED], *suspects["id"], *why.index[why == Reason.UNLABELLED]]
+    ids = list(dict.fromkeys(ids))[:most]
+    rows = done.rows.take(fates.index[fates["id"].isin(ids)].to_numpy()).to_pylist()
+    votes = [{"id": row["id"], "labeller": f"{row['labeller'] or row['source']} ({row['key']})", "verdict": row["verdict"]}
+             for row in rows if row["verdict"]]
+    votes += [{"id": row.id, "labeller": "similar rows", "verdict": row.suggested} for row in suspects.itertuples()]
+    asked = {row["id"]: row | {"verdict": None} for row in rows}
+    return [asked[id_] for id_ in ids], votes

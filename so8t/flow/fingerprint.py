@@ -138,14 +138,16 @@ def path_digest(
     rows = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-# %% ../../nbs/flow/fingerprint.ipynb #a0b35a4d
+# %% ../../nbs/flow/fingerprint.ipynb #5ab4c610
 def named_files(
     section: dict,  # a slice of the configuration
     root: Path,  # relative paths start here
+    frozen: dict[str, Path] | None = None,  # what a run reads in place of a path
 ) -> dict[str, str]:
     "The files and folders that a slice of the configuration names by a path, with their digests."
     paths = [s for s in strings(section) if "/" in s or "\\" in s or s.endswith(FILES)]
-    return {s: path_digest(root / s) for s in sorted(set(paths)) if (root / s).exists()}
+    places = {s: (frozen or {}).get(s, root / s) for s in sorted(set(paths))}
+    return {s: path_digest(place) for s, place in places.items() if place.exists()}
 
 # %% ../../nbs/flow/fingerprint.ipynb #3e6fb8c0
 def parts(
@@ -154,6 +156,7 @@ def parts(
     config: dict,  # the declared slices of the configuration, by section
     inputs: dict[str, str],  # content digest of the artifact of each stage that it reads
     root: Path,  # the workspace: relative paths in the configuration start here
+    frozen: dict[str, Path] | None = None,  # what a run reads in place of a path
 ) -> dict:
     "Everything that the result of a stage depends on, as digests and plain values."
     sources = [s for s in cells(notebook) if s not in cells(notebook, "parameters")]
@@ -163,7 +166,7 @@ def parts(
         "config": config,
         "inputs": inputs,
         "modules": modules(sources, library),
-        "files": named_files(config, root) | {f.relative_to(library).as_posix(): path_digest(f) for f in assets},
+        "files": named_files(config, root, frozen) | {f.relative_to(library).as_posix(): path_digest(f) for f in assets},
     }
 
 def fingerprint(

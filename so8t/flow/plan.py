@@ -129,7 +129,8 @@ def decide(
         return Step(stage, "run", f"after {', '.join(missing)}")
     uses = used(scene, stage)
     digests = {name: disk.read_manifest(done[name])["digest"] for name in reads}
-    today = parts(scene.code.notebook(stage), scene.code.library, uses, digests, scene.root)
+    frozen = {scene.config.data.answers: scene.run.answers} if scene.run else {}
+    today = parts(scene.code.notebook(stage), scene.code.library, uses, digests, scene.root, frozen)
     print_ = fingerprint(today)
     if stage in scene.force:
         return Step(stage, "run", "forced", today, print_)

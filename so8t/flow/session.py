@@ -66,6 +66,11 @@ class Run:
         "The configuration that was frozen at the start."
         return configs.thaw(self.dir)
 
+    @property
+    def answers(self) -> Path:
+        "What people had answered at the start (`data.answers`); what they answer meanwhile is for the next run."
+        return self.dir / "answers.jsonl"
+
     def notebook(self, stage: str) -> Path:
         "Where the executed notebook of a stage is kept."
         return self.dir / "notebooks" / f"{stage}.ipynb"
@@ -92,7 +97,7 @@ def create(
     resolved: configs.Resolved,  # the configuration to freeze
     run_id: str = "",  # a name; else the pipeline's name and the time
 ) -> Run:
-    "A new run: a folder with code and frozen configuration; the configuration comes last and makes it a run."
+    "A new run: a folder with code, people's answers and configuration, frozen; the last of them makes it a run."
     run = Run(workspace.runs / (run_id or free_id(workspace, resolved.config.name)))
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
@@ -100,6 +105,9 @@ def create(
         raise Problem(f"{workspace.runs}: no new run can be made here ({error.strerror})") from None
     snapshot(workspace_code(workspace), run.dir / "code")
     log(run, "run_created", so8t=metadata.version("so8t"))
+    answers = workspace.root / (resolved.config.data.answers or "")
+    if answers.is_file():
+        disk.write_text(run.answers, answers.read_text(encoding="utf-8"))
     configs.freeze(resolved, run.dir)
     return run
 
