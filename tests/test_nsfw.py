@@ -37,7 +37,7 @@ def tokenizer(base):
 
 def targets(tokenizer, rows):
     "What SFT teaches to answer, as text."
-    return [tokenizer.decode(tokens[-size:]) for tokens, size in sft.examples_of(tokenizer, rows, Sft(think=1.0))]
+    return [tokenizer.decode(tokens[-size:]) for tokens, size, _ in sft.examples_of(tokenizer, rows, Sft(think=1.0))]
 
 
 def test_there_are_six_refusals():

@@ -62,26 +62,26 @@ def example(
 
 def examples_of(
     tokenizer,
-    rows: list[dict],  # prompt and verdict; thoughts and answer, where they have them
+    rows: list[dict],  # prompt and verdict; thoughts, answer and weight, where they have them
     sft: Sft,  # max_tokens, think
-) -> list[tuple[list[int], int]]:
-    "All examples of the rows: bare verdicts, then the quads of as many as `think` says."
+) -> list[tuple[list[int], int, float]]:
+    "All examples of the rows, with their weights: bare verdicts, then the quads of as many as `think` says."
     rows = [quad.taught(row) for row in rows]
-    bare = [(question(tokenizer, row["prompt"]), row["verdict"]) for row in rows]
+    bare = [(row, question(tokenizer, row["prompt"]), row["verdict"]) for row in rows]
     quads = [(row, q) for row in rows if (q := quad.of_row(row))]
     chosen = random.Random(0).sample(quads, round(sft.think * len(quads)))
-    thoughts = [(question(tokenizer, row["prompt"], quad.INSTRUCTION), quad.render(q)) for row, q in chosen]
-    return [example(tokenizer, asked, said, sft.max_tokens) for asked, said in bare + thoughts]
+    thoughts = [(row, question(tokenizer, row["prompt"], quad.INSTRUCTION), quad.render(q)) for row, q in chosen]
+    return [(*example(tokenizer, asked, said, sft.max_tokens), row.get("weight", 1.0)) for row, asked, said in bare + thoughts]
 
 def collate(
-    examples: list[tuple[list[int], int]],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Token ids, attention mask and labels of a batch, [rows, longest] int64, padded on the right."
-    ids, mask = pad([tokens for tokens, _ in examples])
+    examples: list[tuple[list[int], int, float]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Token ids, attention mask and labels of a batch, [rows, longest] int64, padded on the right; weights, [rows, 1]."
+    ids, mask = pad([tokens for tokens, _, _ in examples])
     labels = torch.full_like(ids, IGNORED)
-    for i, (tokens, answer) in enumerate(examples):
+    for i, (tokens, answer, _) in enumerate(examples):
         labels[i, len(tokens) - answer : len(tokens)] = torch.tensor(tokens[-answer:])
-    return ids, mask, labels
+    return ids, mask, labels, torch.tensor([[weight] for *_, weight in examples])
 
 # %% ../../nbs/train/sft.ipynb #ec8db25d
 def batch_of(
@@ -142,7 +142,7 @@ class Training:
         "One optimizer step."
         sft, step = self.sft, self.done
         self.prepare(step)
-        chosen = batch_of([len(tokens) for tokens, _ in self.examples], step, sft.batch, self.seed)
+        chosen = batch_of([len(tokens) for tokens, _, _ in self.examples], step, sft.batch, self.seed)
         loss = self.learn(chosen, sum(self.examples[i][1] for i in chosen), len(chosen))
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         self.changing = True
@@ -166,13 +166,14 @@ class Training:
             gate.set_alpha(self.model, gate.alpha_at(step, self.total, self.sft.gate))
 
     def backward(self, examples: list, answers: int, share: float) -> float:
-        "Add the gradients of a micro-batch; its share of the step's loss: mean over answer tokens, nats, and PET."
-        ids, mask, labels = (t.to(self.device) for t in collate(examples))
+        "Add the gradients of a micro-batch; its share of the step's loss: weighted mean over answer tokens, nats, and PET."
+        ids, mask, labels, weights = (t.to(self.device) for t in collate(examples))
         wanted = labels[:, 1:] != IGNORED
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             hidden = adapter.hidden_states(self.model, ids, mask)
             logits = adapter.head(self.model)(hidden[:, :-1][wanted])
-        loss = cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="sum") / answers
+        nats = cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
+        loss = (nats * weights.expand_as(wanted)[wanted]).sum() / answers
         if weight := gate.pet_weight(self.done, self.total, self.sft.pet):
             loss = loss + weight * share * gate.pet_loss(hidden, mask)
         loss.backward()
