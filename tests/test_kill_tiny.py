@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,12 @@ class Workspace:
         out = (self.root / "out.txt").open("ab")
         return subprocess.Popen(command, cwd=self.root, stdout=out, stderr=out, start_new_session=True)
 
+    def mend(self):
+        "Nothing has to be done after a kill."
+
+    def leave(self):
+        "Nor at the end."
+
     def finish(self):
         code = self.start().wait(600)
         assert code == 0, (self.root / "out.txt").read_text()
@@ -47,11 +55,16 @@ class Workspace:
         assert len(found) == len({p.name.partition(".")[0] for p in (self.run / "notebooks").glob("*.ipynb")})
         return {f.parts[-3]: json.loads(f.read_text(encoding="utf-8"))["digest"] for f in found}
 
+    def events(self) -> list[dict]:
+        "What happened so far, told line by line; a torn last line is no event."
+        file = self.run and self.run / "events.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file and file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def repeated(self) -> list[str]:
         "Stages that were started again after they had finished."
-        lines = (self.run / "events.jsonl").read_text(encoding="utf-8").splitlines()
         finished, again = set(), []
-        for event in map(json.loads, lines):
+        for event in self.events():
             if event["event"] == "stage_started" and event["stage"] in finished:
                 again.append(event["stage"])
             if event["event"] == "stage_finished":
@@ -59,9 +72,22 @@ class Workspace:
         return again
 
 
+def lost(workspace: Workspace) -> dict:
+    "The stage that is being executed, and the seconds since it began or made its newest checkpoint."
+    events = workspace.events()
+    begun = next((e for e in reversed(events) if e["event"].startswith(("stage_", "run_started"))), None)
+    if not begun or begun["event"] != "stage_started":
+        return {"stage": "between stages", "lost": 0.0}
+    saved = [f.stat().st_mtime for f in workspace.run.glob(f"checkpoints/{begun['stage']}/*/manifest.json")]
+    newest = max([datetime.fromisoformat(begun["time"]).timestamp(), *saved])
+    return {"stage": begun["stage"], "lost": max(0.0, time.time() - newest)}
+
+
 def kill(workspace: Workspace, runner: subprocess.Popen, how: str):
-    "SIGKILL to the runner alone, to its kernel alone, or to the runner's whole process group."
-    if how == "group":
+    "SIGKILL to the runner alone, to its kernel alone, or to the runner's whole process group; or the power is cut."
+    if how == "power":
+        workspace.cut()
+    if how in ("group", "power"):
         os.killpg(runner.pid, signal.SIGKILL)
     elif how == "kernel":
         for process in guard.marked(workspace.run) if workspace.run else []:
@@ -70,23 +96,32 @@ def kill(workspace: Workspace, runner: subprocess.Popen, how: str):
         runner.kill()
 
 
-def killed(workspace: Workspace, kills: int, dice: random.Random) -> int:
-    "Start and kill until the run is finished or enough kills were made; how many hit a living runner."
-    hits = 0
-    while hits < kills:
-        runner, how = workspace.start(), dice.choice(["runner", "kernel", "group"])
+HOW = ("runner", "kernel", "group")
+
+
+def killed(workspace: Workspace, kills: int, wait: Callable[[], float], how=HOW) -> list[dict]:
+    "Start and kill until the run is finished or enough kills were made; what each kill hit."
+    hits, dice = [], random.Random()
+    while len(hits) < kills:
+        runner, this = workspace.start(), dice.choice(how)
         try:
-            runner.wait(dice.uniform(1, 25))
+            runner.wait(wait())
             break
         except subprocess.TimeoutExpired:
-            kill(workspace, runner, how)
-            hits += 1
-        if how == "kernel":
+            hits.append({"how": this, **lost(workspace)})
+            kill(workspace, runner, this)
+        if this == "kernel":
             time.sleep(1)
             runner.send_signal(signal.SIGTERM)
         runner.wait(120)
+        workspace.mend()
     workspace.finish()
     return hits
+
+
+def soon() -> float:
+    "Seconds until the next kill."
+    return random.uniform(1, 25)
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +134,17 @@ def reference(tmp_path_factory) -> dict[str, str]:
 
 def test_two_kills(reference, tmp_path):
     workspace = Workspace(tmp_path)
-    assert killed(workspace, 2, random.Random()) == 2
+    assert len(killed(workspace, 2, soon)) == 2
     assert workspace.digests() == reference
     assert workspace.repeated() == []
 
 
 @pytest.mark.soak
 def test_twenty_kills(reference, tmp_path):
-    dice, hits = random.Random(), 0
+    hits = 0
     for number in range(20):
         workspace = Workspace(tmp_path / str(number))
-        hits += killed(workspace, 20 - hits, dice)
+        hits += len(killed(workspace, 20 - hits, soon))
         assert workspace.digests() == reference
         assert workspace.repeated() == []
         if hits >= 20:
@@ -122,7 +157,7 @@ def test_twenty_kills(reference, tmp_path):
 def test_ten_kills_of_the_whole_mission(tmp_path):
     undisturbed, workspace = Workspace(tmp_path / "a", "complete"), Workspace(tmp_path / "b", "complete")
     undisturbed.finish()
-    hits = killed(workspace, 10, random.Random())
+    hits = len(killed(workspace, 10, soon))
     assert workspace.digests() == undisturbed.digests()
     assert workspace.repeated() == []
     print(f"{hits} kills of configs/complete.yaml, finished with the same artifacts")
