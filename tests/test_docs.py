@@ -14,7 +14,7 @@ from so8t import cli
 from so8t.flow import runner
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("index", "add_a_stage", "architecture", "schema", "unattended", "limits")
+NAMES = ("index", "tutorial", "add_a_stage", "architecture", "schema", "commands", "unattended", "scale", "limits")
 PAGES = {name: ROOT / "nbs" / f"{name}.ipynb" for name in NAMES}
 
 
@@ -38,7 +38,7 @@ def understood(words: list[str]) -> bool:
     return CliRunner().invoke(cli.app, [*words, "--help"]).exit_code == 0
 
 
-@pytest.mark.parametrize("page", ["index", "add_a_stage", "architecture", "unattended"])
+@pytest.mark.parametrize("page", ["index", "tutorial", "add_a_stage", "architecture", "unattended"])
 def test_every_command_of_the_pages_exists(page):
     found = commands(text_of(PAGES[page]))
     assert found and [words for words in found if not understood(words)] == []
@@ -92,6 +92,17 @@ def rendered() -> str:
 
 def test_the_readme_is_what_its_notebook_renders_to():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == rendered(), "run `make readme`"
+
+
+@pytest.mark.parametrize("page", ["schema", "commands"])
+def test_a_reference_shows_what_the_program_says_today(page):
+    cells = [c for c in json.loads(PAGES[page].read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    known = {}
+    for cell in cells[:-1]:
+        exec("".join(cell["source"]), known)
+    *before, last = "".join(cells[-1]["source"]).strip().splitlines()
+    exec("\n".join(before), known)
+    assert "".join(cells[-1]["outputs"][0]["data"]["text/markdown"]) == eval(last, known).data
 
 
 def test_the_pages_point_to_nothing_outside_but_the_wheels_of_torch():
