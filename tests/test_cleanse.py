@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from so8t.data import card, cleanse, duplicates, sources
+from so8t.data import card, cleanse, duplicates, label, sources
 from so8t.data.cleanse import Reason
 from so8t.data.row import SCHEMA, check_row, iter_rows, iter_tables, normal, shards, split_of, stored, write_shards
 from so8t.data.verdict import Verdict
@@ -203,6 +203,15 @@ def test_our_own_suites_are_never_trained_on(scratch):
 def test_no_rows_is_a_problem(scratch):
     with pytest.raises(Problem, match="there are no rows"):
         cleanse.cleanse([SCHEMA.empty_table()], Data(), scratch)
+
+
+def test_rows_of_which_none_is_left_are_one_clear_line(scratch):
+    rows = [made("a", "Where is the station?", verdict=None), made("b", "y" * 9000)]
+    done = cleanse.cleanse([table(rows)], Data(), scratch)
+    asked, _ = label.questions(done, cleanse.doubtful(done))
+    assert [row["key"] for row in asked] == ["a"]
+    with pytest.raises(Problem, match="no row is left: 1 × no verdict; 1 × longer than data.max_characters"):
+        card.waterfall(done)
 
 
 def test_hostile_rows_go_with_their_reason_and_the_rest_goes_on(scratch):

@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = ['COLOURS', 'CARD', 'waterfall', 'examples', 'portrait', 'listed', 'header', 'readme']
 
-# %% ../../nbs/data/card.ipynb #2c8ea086
+# %% ../../nbs/data/card.ipynb #66412cc5
+from itertools import pairwise
+
+import numpy as np
 import pandas as pd
 from huggingface_hub import DatasetCard, DatasetCardData
 from matplotlib import pyplot as plt
@@ -13,26 +16,30 @@ from matplotlib.figure import Figure
 
 from .cleanse import SIDES, Cleansed, Reason, counts
 
-# %% ../../nbs/data/card.ipynb #5a012555
+# %% ../../nbs/data/card.ipynb #ceac7998
 def waterfall(
     done: Cleansed,
 ) -> Figure:
     "Rows in and out, rule by rule; rules that took nothing are left out."
     told = counts(done)
-    taken = {reason: n for reason, n in told["removed"].items() if n}
-    names, left = ["collected", *taken, "left"], told["collected"]
-    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * len(names)), layout="constrained")
-    axes.barh("collected", left, color="#0072B2")
+    taken, left, most = {reason: n for reason, n in told["removed"].items() if n}, told["collected"], told["collected"]
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * (len(taken) + 2)), layout="constrained")
+    bars = [*axes.barh("collected", most, color="#0072B2")]
     for reason, n in taken.items():
         left -= n
-        axes.barh(reason, n, left=left, color="#D55E00")
-        axes.annotate(f"-{n:,}", (left, reason), (-4, 0), textcoords="offset points", ha="right", va="center")
-    axes.barh("left", left, color="#009E73")
-    axes.bar_label(axes.containers[0], fmt="{:,.0f}", padding=3)
-    axes.bar_label(axes.containers[-1], fmt="{:,.0f}", padding=3)
+        bars += axes.barh(reason, n, left=left, color="#D55E00", edgecolor="#D55E00")
+        axes.annotate(f"−{n:,}  ({n / most:.1%})", (left, reason), (-6, 0), textcoords="offset points", ha="right", va="center")
+    bars += axes.barh("left", left, color="#009E73")
+    for before, after in pairwise(bars):
+        edge = after.get_x() + after.get_width()
+        axes.plot([edge, edge], [before.get_y() + 0.8, after.get_y()], color="#888888", linewidth=0.8)
+    for bar in (bars[0], bars[-1]):
+        axes.annotate(f"{bar.get_width():,.0f}", (bar.get_width(), bar.get_y() + 0.4), (4, 0),
+                      textcoords="offset points", va="center", weight="bold")
     axes.invert_yaxis()
-    axes.set(xlabel="rows", xlim=(0, told["collected"] * 1.1))
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="rows", xlim=(0, most * 1.1))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
     plt.close(figure)
     return figure
 
@@ -54,17 +61,25 @@ def portrait(
     done: Cleansed,
 ) -> Figure:
     "Verdicts in each language, lengths, and how alike the removed near-duplicates were."
-    left = done.left
+    left, colours = done.left, {"en": "#0072B2", "ja": "#E69F00"}
     figure, (verdicts, lengths, alike) = plt.subplots(1, 3, figsize=(12, 2.8), layout="constrained")
     share = pd.crosstab(left["lang"], left["verdict"]).reindex(columns=list(COLOURS), fill_value=0)
-    share.plot.barh(stacked=True, ax=verdicts, color=COLOURS, xlabel="rows", ylabel="", edgecolor="white")
-    verdicts.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8)
+    share.plot.barh(stacked=True, ax=verdicts, color=COLOURS, xlabel="rows", ylabel="", edgecolor="white", width=0.7)
+    for bars, colour in zip(verdicts.containers, ["black", "black", "white", "white"], strict=True):
+        verdicts.bar_label(bars, fmt=lambda n: f"{n:,.0f}" if n else "", label_type="center", color=colour, fontsize=8)
+    verdicts.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8, handlelength=1, columnspacing=1)
+    bins = np.geomspace(left["size"].min(), left["size"].max() + 1, 41)
     for lang, rows in left.groupby("lang"):
-        lengths.hist(rows["size"], bins=40, histtype="step", label=lang)
-    lengths.set(xlabel="characters in the prompt", ylabel="rows")
+        lengths.hist(rows["size"], bins=bins, histtype="stepfilled", alpha=0.7, color=colours[lang], label=lang)
+    lengths.set(xlabel="characters in the prompt", ylabel="rows", xscale="log")
+    lengths.set_xticks([n for n in (5, 10, 20, 50, 100, 200, 500, 1000, 2000) if bins[0] <= n <= bins[-1]], minor=False)
+    lengths.xaxis.set_major_formatter("{x:g}")
+    lengths.xaxis.set_minor_formatter("")
     lengths.legend(frameon=False)
     alike.hist(done.fates["similarity"].dropna(), bins=20, range=(0, 1), color="#D55E00")
     alike.set(xlabel="similarity of what was removed to what stayed", ylabel="rows")
+    for axes in (verdicts, lengths, alike):
+        axes.spines[["top", "right"]].set_visible(False)
     plt.close(figure)
     return figure
 
@@ -113,8 +128,8 @@ Prompts with one of four verdicts: ALLOW, ESCALATION, DENY or REFUSE. {left:,} r
 
 Texts in benchmarks, by benchmark: {benchmarks}. Personal data masked, by kind: {masked}.
 
-Rows of one group are on one side, by a hash of the group; `weight` makes up for rare classes in training. See stats.json
-for all counts, removed.parquet for each row that went, suspects.jsonl for labels that a person should look at.
+Rows of one group are on one side, by a hash of the group; `weight` makes up for rare classes: SFT multiplies a row's loss by
+it. See stats.json for all counts, removed.parquet for each row that went, suspects.jsonl for labels that a person should look at.
 
     datasets.load_dataset("path/of/this/folder")
 """

@@ -373,12 +373,15 @@ def doubtful(
     found = pd.concat(found, ignore_index=True) if found else quality.suspects(done.left.assign(prompt=""))
     return found.sort_values(["score", "id"], ignore_index=True)
 
-# %% ../../nbs/data/cleanse.ipynb #02d1459e
+# %% ../../nbs/data/cleanse.ipynb #b379a1d2
 def counts(
     done: Cleansed,
 ) -> dict:
-    "How many rows are left of each kind, how long they are, and how much went for which reason."
+    "How many rows are left of each kind, how long they are, and how much went for which reason; a Problem where all went."
     left, fates = done.left, done.fates
+    if left.empty:
+        why = fates["reason"].value_counts(sort=False)
+        raise Problem("cleanse: no row is left: " + "; ".join(f"{n} × {reason}" for reason, n in why.items()))
     size = left.groupby("lang")["size"].quantile([0, 0.5, 0.95, 1], interpolation="lower").unstack()
     size.columns = ["shortest", "median", "p95", "longest"]
     tested = fates.loc[fates["reason"] == Reason.TESTED, "of"].str.split(": ").str[0]
