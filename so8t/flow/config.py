@@ -1165,13 +1165,13 @@ def load(
     said = {key: origin for origin, over in layers for key in flat(over)}
     return Resolved(config, {key: said[key] for key in flat(config.model_dump())}, path)
 
-# %% ../../nbs/flow/config.ipynb #f82ed87b
+# %% ../../nbs/flow/config.ipynb #258cfbd6
 def section(
     config: Config,
     name: str,  # dotted: "training.sft", "custom.mystage", "name"
 ) -> Any:
-    "A part of a configuration as plain values."
-    value = config.model_dump()
+    "A part of a configuration as plain values, without keys that an older so8t, which froze it, did not know."
+    value = config.model_dump(exclude_unset=True)
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
             known = list(value) if isinstance(value, dict) else []
@@ -1220,7 +1220,10 @@ def thaw(
     made, path = values.pop("format"), Path(str(values.pop("path", "")))
     if made > FORMAT:
         raise Problem(f"{label}: made by a newer so8t (format {made}, this one reads {FORMAT}); update so8t")
-    config = checked(values, {key: f"{label}:{line}" for key, line in lines.items()}, label)
+    try:
+        config = checked(values, {key: f"{label}:{line}" for key, line in lines.items()}, label)
+    except Problem as problem:
+        raise Problem(f"{problem}; another so8t froze this run: go on with that one, or begin anew with --new") from None
     rows = text.splitlines()
     origin = {key: rows[lines[key] - 1].rpartition("  # ")[2] for key in flat(values)}
     return Resolved(config, {key: origin.get(key, "default") for key in flat(config.model_dump())}, path)
