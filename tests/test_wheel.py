@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("setup.py", "MANIFEST.in", "settings.ini", "pyproject.toml", "README.md", "LICENSE", "configs", "nbs/stages", "so8t")
+FILES = ("setup.py", "MANIFEST.in", "settings.ini", "pyproject.toml", "README.md", "LICENSE")
+FOLDERS = ("configs", "nbs/stages", "so8t")
 
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory) -> Path:
     "A wheel, built from a copy of the sources by way of an sdist, and unpacked as pip would."
     source, out, site = (tmp_path_factory.mktemp(name) for name in ("source", "out", "site"))
-    for name in PARTS:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        else:
-            shutil.copy(ROOT / name, source / name)
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = out.glob("*.whl")
@@ -36,7 +35,8 @@ def so8t(site: Path, folder: Path, *words) -> subprocess.CompletedProcess:
     "The command of the unpacked wheel, in a folder."
     env = {k: v for k, v in os.environ.items() if k != "SO8T_WORKSPACE"} | {"PYTHONPATH": str(site), "COLUMNS": "160"}
     code = "import sys, so8t.cli; assert so8t.__file__.startswith(sys.argv.pop(1)); so8t.cli.main()"
-    return subprocess.run([sys.executable, "-c", code, site, *words], cwd=folder, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, site, *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -55,7 +55,8 @@ def test_the_workspace_of_a_wheel_plans_every_pipeline(unpacked, workspace):
 
 def test_it_holds_what_the_repository_holds(workspace):
     held = {p.relative_to(workspace).as_posix() for p in workspace.rglob("*") if p.is_file()}
-    ours = {p.relative_to(ROOT).as_posix() for pattern in ("configs/*.yaml", "nbs/stages/*.ipynb") for p in ROOT.glob(pattern)}
+    kept = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("nbs/stages/*.ipynb")]
+    ours = {p.relative_to(ROOT).as_posix() for p in kept}
     assert held == ours | {".gitignore", "settings.ini"}
     assert all((workspace / name).read_bytes() == (ROOT / name).read_bytes() for name in ours)
 
