@@ -176,6 +176,8 @@ def test_a_loss_that_is_no_number_rewinds_and_slows_down(garden, bad, rates):
     rows = rows_of(garden)
     assert [row["step"] for row in rows] == list(range(1, 41)) and rows[-1]["moved"] == rates[-1]
     assert {row["moved"] for row in rows} <= {1.0, *rates}
+    made = json.loads(next(garden.runs.glob("*/artifacts/grow/*/manifest.json")).read_text(encoding="utf-8"))
+    assert made["adjusted"]["slower"] == rates[-1], "another run that takes this artifact over can see it"
 
 
 @pytest.mark.soak

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import config as configs
-from . import disk, guard, plan, session
+from . import disk, guard, plan, recovery, session
 from .fingerprint import declared
 from .problem import Problem
 
@@ -103,6 +103,8 @@ class Stage:
         folder = session.place(self.run, self.name, self.step.fingerprint)
         info = {"stage": self.name, "run": self.run.id, "fingerprint": self.step.fingerprint,
                 "parts": self.step.parts, "versions": versions(), "summary": summary}
+        if (self.checkpoints / disk.BALANCE).exists():
+            info["adjusted"] = recovery.asked(self.checkpoints)
         with disk.publish(folder, **info) as staging:
             yield staging
         self.step.artifact = folder
