@@ -443,7 +443,8 @@ def divides_batch(micro_batch: int, info: ValidationInfo) -> int:
 class Sft(Section):
     "Supervised fine-tuning."
 
-    steps: Count = Field(60, description="Optimizer steps.")
+    steps: Count | None = Field(60, description="Optimizer steps; null: as many as `epochs` take.")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the rows and their quads, where steps is null.")
     batch: Count = Field(8, description="Rows that one optimizer step learns from.")
     micro_batch: Count = Field(8, description="Rows that are in memory at once; divides batch.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="Peak learning rate.")

@@ -6,9 +6,10 @@
 __all__ = ['IGNORED', 'applied', 'with_best', 'example', 'examples_of', 'collate', 'batch_of', 'rate', 'Training', 'describe',
            'summary']
 
-# %% ../../nbs/train/sft.ipynb #d54db4b7
+# %% ../../nbs/train/sft.ipynb #d5eba257
 import random
 from functools import reduce
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -126,10 +127,11 @@ class Training:
         quantization: str = "none",  # of the base's weights: none or nf4
     ):
         seed_everything(seed)
-        self.done, self.total, self.changing, self.micro_batch = 0, sft.steps, False, sft.micro_batch
-        self.sft, self.device, self.seed = sft, device, seed
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.examples = examples_of(self.tokenizer, rows, sft)
+        steps = sft.steps or ceil(sft.epochs * len(self.examples) / sft.batch)
+        self.done, self.total, self.changing, self.micro_batch = 0, steps, False, sft.micro_batch
+        self.sft, self.device, self.seed = sft.model_copy(update={"steps": steps}), device, seed
         self.model = adapter.wrap(adapter.load_base(base, dtype, quantization, device), sft.lora, sft.gate).train()
         if sft.gradient_checkpointing:
             self.model.enable_input_require_grads()
