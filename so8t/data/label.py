@@ -239,8 +239,8 @@ def questions(
     fates = done.fates[~settled[done.fates.index]]
     why = fates.set_index("id")["reason"]
     suspects = suspects[suspects["id"].isin(why.index)]
-    ids = [*why.index[why == Reason.CONTRADICTED], *suspects["id"], *why.index[why == Reason.UNLABELLED]]
-    ids = list(dict.fromkeys(ids))[:most]
+    contradicted, unlabelled = (why.index[why == reason] for reason in (Reason.CONTRADICTED, Reason.UNLABELLED))
+    ids = list(dict.fromkeys([*contradicted, *unlabelled[: most // 2], *suspects["id"]]))[:most]
     rows = done.rows.take(fates.index[fates["id"].isin(ids)].to_numpy()).to_pylist()
     votes = [{"id": row["id"], "labeller": f"{row['labeller'] or row['source']} ({row['key']})", "verdict": row["verdict"]}
              for row in rows if row["verdict"]]
