@@ -49,7 +49,7 @@ def python() -> Check:
 
 def packages() -> Check:
     "The packages that the training stages import."
-    needed = ("torch", "transformers", "peft", "datasketch", "sklearn", "statsmodels", "matplotlib", "libgguf", "xllamacpp")
+    needed = ("torch", "transformers", "peft", "sklearn", "statsmodels", "matplotlib", "libgguf", "xllamacpp")
     missing = [n for n in needed if importlib.util.find_spec(n) is None]
     if missing:
         return Check("Packages", "abort", f"missing: {', '.join(missing)}", "make setup, or py -m pip install -r requirements.lock")
