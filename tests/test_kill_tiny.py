@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from so8t.flow import guard
+from so8t.flow import disk, guard
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -54,6 +54,11 @@ class Workspace:
         found = sorted(self.run.glob("artifacts/*/*/manifest.json"))
         assert len(found) == len({p.name.partition(".")[0] for p in (self.run / "notebooks").glob("*.ipynb")})
         return {f.parts[-3]: json.loads(f.read_text(encoding="utf-8"))["digest"] for f in found}
+
+    def shipped(self) -> dict[str, bytes]:
+        "What was uploaded, without the pages that name the run."
+        files = disk.files_below(self.root / "shipped")
+        return {name: f.read_bytes() for name, f in files.items() if f.name not in ("README.md", "metadata.json", disk.MANIFEST)}
 
     def events(self) -> list[dict]:
         "What happened so far, told line by line; a torn last line is no event."
@@ -158,7 +163,9 @@ def test_ten_kills_of_the_whole_mission(tmp_path):
     undisturbed, workspace = Workspace(tmp_path / "a", "complete"), Workspace(tmp_path / "b", "complete")
     undisturbed.finish()
     hits = len(killed(workspace, 10, soon))
-    assert workspace.digests() == undisturbed.digests()
+    made, wanted = workspace.digests(), undisturbed.digests()
+    assert {name for name in wanted if made[name] != wanted[name]} <= {"upload", "cleanup"}, "these two name the run"
+    assert workspace.shipped() == undisturbed.shipped()
     assert workspace.repeated() == []
     print(f"{hits} kills of configs/complete.yaml, finished with the same artifacts")
     assert hits >= 5
