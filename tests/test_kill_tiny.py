@@ -57,8 +57,8 @@ class Workspace:
 
     def shipped(self) -> dict[str, bytes]:
         "What was uploaded, without the pages that name the run."
-        files = disk.files_below(self.root / "shipped")
-        return {name: f.read_bytes() for name, f in files.items() if f.name not in ("README.md", "metadata.json", disk.MANIFEST)}
+        files, about = disk.files_below(self.root / "shipped"), ("README.md", "metadata.json", disk.MANIFEST)
+        return {name: file.read_bytes() for name, file in files.items() if file.name not in about}
 
     def events(self) -> list[dict]:
         "What happened so far, told line by line; a torn last line is no event."
