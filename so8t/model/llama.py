@@ -44,7 +44,7 @@ class Llama:
         except RuntimeError:
             raise Problem(f"{path}: llama.cpp cannot load it; the file is damaged or of another version") from None
         self.http = httpx.Client(base_url=self.server.listening_address, headers={"Authorization": f"Bearer {key}"},
-                                 timeout=None, trust_env=False, limits=httpx.Limits(keepalive_expiry=1))
+                                 timeout=None, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         self.facts = self.http.get("/v1/models").json()["data"][0]["meta"]
         self.context = min(context, self.facts["n_ctx_train"])
 
