@@ -59,7 +59,7 @@ MISTAKES = {
     "training: {sft: {steps: many}}": 'training.sft.steps: must be a whole number, not "many"',
     "training: {sft: {steps: '60'}}": 'training.sft.steps: must be a whole number, not "60"',
     "training: {sft: {steps: true}}": "training.sft.steps: must be a whole number, not true",
-    "training: {sft: {steps: }}": "training.sft.steps: must be a whole number, not null",
+    "training: {sft: {batch: }}": "training.sft.batch: must be a whole number, not null",
     "training: {sft: {learning_rate: .nan}}": 'must be a number, not ".nan"',
     "training: {sft: {learning_rate: 1e999}}": "1e999 is too large for a number",
     "training: 5": "training: must be a section with keys of its own, not 5",
