@@ -628,24 +628,25 @@ def rooms():
 
     return start
 
-ModelArgument = Annotated[str, typer.Argument(help="A .gguf file, a model folder, or an artifact of integrate, sft or ppo.", show_default="what integrate made in the latest run that finished it")]
+ModelArgument = Annotated[str, typer.Argument(help="A run, a .gguf file, a model folder, or an artifact of integrate, sft or ppo.", show_default="what integrate made in the latest run that finished it")]
 ServedOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="As for so8t serve.")]
 
 def served(
     workspace: configs.Workspace,
-    model: str,  # a path, or ""
+    model: str,  # a run, a path, or ""
 ) -> tuple[Path, Path | None]:
     "The model that is meant, and the benchmark of its run."
-    if model and not Path(model).exists():
-        raise Problem(f"{model}: is not there; name a .gguf file, a model folder, or an artifact")
-    if model:
+    named = session.Run(workspace.runs / Path(model).name)
+    if model and not (named.dir / "config.yaml").exists():
+        if not Path(model).exists():
+            raise Problem(f"{model}: is not there; name a run, a .gguf file, a model folder, or an artifact")
         return Path(model), None
-    for run in reversed(session.runs(workspace)):
+    for run in [named] if model else reversed(session.runs(workspace)):
         with suppress(Problem):
             scene = scene_for(workspace, run)
             if found := finished(scene, "integrate"):
                 return found, finished(scene, "benchmark")
-    raise Problem(f"no run in {workspace.runs} has a finished model yet: so8t run, or name a model")
+    raise Problem(f"{model or workspace.runs}: no finished model there yet: so8t run, or name a model")
 
 # %% ../nbs/cli.ipynb #6211d5fb
 @app.command()
