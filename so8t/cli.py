@@ -169,6 +169,7 @@ def run(
     note_drift(scene, today, config)
     if steps and all(s.artifact for s in steps) and not new:
         unschedule(scene, config, today)
+        runner.render_missing(session.run_named(workspace, finished_run(scene)))
         return say(f"{finished_run(scene)} is completed and nothing has changed; --new starts another")
     if not anyway and not (scene.run and session.holder(scene.run)):
         checks.refuse(checks.examine(workspace, scene.config))

@@ -101,6 +101,15 @@ def test_a_run_that_was_killed_while_it_was_made_is_none(garden):
     assert garden.status()["status"] == "completed"
 
 
+def test_a_page_that_a_kill_kept_from_being_made_is_made_by_the_same_command(garden):
+    assert garden.so8t("run").returncode == 0
+    page = next(garden.runs.glob("*/notebooks/grow.html"))
+    page.unlink()
+    again = garden.so8t("run")
+    assert again.returncode == 0 and "completed and nothing has changed" in again.stdout
+    assert "jp-Notebook" in page.read_text(encoding="utf-8")
+
+
 def test_session_json_is_only_a_view(garden):
     assert garden.so8t("run", "--until", "seed").returncode == 0
     view = next(garden.runs.glob("*/session.json"))

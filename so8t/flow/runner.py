@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FINISHED', 'FAILED', 'INTERRUPTED', 'Wish', 'scene_of', 'fresh_scene', 'choose', 'ready', 'selected', 'drift', 'Stop',
-           'signals', 'Job', 'full', 'patiently', 'kernel_env', 'measure', 'hold', 'adjustments', 'supervise',
-           'told_before', 'keep_last', 'attempt', 'stage_settings', 'furthest', 'limit', 'wait_for_room', 'prepare',
-           'why_failed', 'run_stage', 'run_stages', 'execute', 'guarded', 'stages_or_reason']
+           'signals', 'Job', 'full', 'patiently', 'render_missing', 'kernel_env', 'measure', 'hold', 'adjustments',
+           'supervise', 'told_before', 'keep_last', 'attempt', 'stage_settings', 'furthest', 'limit', 'wait_for_room',
+           'prepare', 'why_failed', 'run_stage', 'run_stages', 'execute', 'guarded', 'stages_or_reason']
 
 # %% ../../nbs/flow/runner.ipynb #1f74b085
 import errno
@@ -174,6 +174,18 @@ def patiently(
             if not said:
                 job.screen.line(f"waits for room on the disk: {error}")
             said = True
+
+# %% ../../nbs/flow/runner.ipynb #9e06d358
+def render_missing(
+    run: session.Run,
+):
+    "Make the pages of executed notebooks that a kill kept from being made."
+    left = [n for n in sorted((run.dir / "notebooks").glob("*.ipynb")) if not n.with_suffix(".html").exists()]
+    if left:
+        from so8t.flow import engine
+
+        for notebook in left:
+            engine.render(notebook)
 
 # %% ../../nbs/flow/runner.ipynb #4047704e
 def kernel_env(
@@ -466,6 +478,7 @@ def execute(
                     others.enter_context(make(job))
                 job.tell("run_started", pid=os.getpid(), boot=disk.boot_id())
                 status = stages_or_reason(job, names)
+                patiently(job, render_missing, run)
                 job.tell("run_ended", status=status)
     finally:
         lock.release()
