@@ -723,6 +723,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'so8t.flow.runner.patiently': ('flow/runner.html#patiently', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.prepare': ('flow/runner.html#prepare', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.ready': ('flow/runner.html#ready', 'so8t/flow/runner.py'),
+                                  'so8t.flow.runner.render_missing': ('flow/runner.html#render_missing', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.run_stage': ('flow/runner.html#run_stage', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.run_stages': ('flow/runner.html#run_stages', 'so8t/flow/runner.py'),
                                   'so8t.flow.runner.scene_of': ('flow/runner.html#scene_of', 'so8t/flow/runner.py'),
