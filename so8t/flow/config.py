@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', 'BASES', 'SOURCES', 'FILES', 'Mapping', 'LICENCES',
-           'COMMANDS', 'TOPICS', 'VERDICTS', 'Weight', 'Costs', 'Format', 'MODEL_WORDS', 'SUITES', 'Named', 'UNITS',
+           'COMMANDS', 'TOPICS', 'VERDICTS', 'Weight', 'Costs', 'MODEL_WORDS', 'SUITES', 'Named', 'Format', 'UNITS',
            'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse',
            'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source', 'Mapped', 'Source', 'Media',
            'web_address', 'Web', 'Data', 'Agent', 'Research', 'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards',
@@ -605,15 +605,14 @@ class Training(Section):
     senses: Senses = Senses()
     checkpoint: Checkpoint = Checkpoint()
 
-# %% ../../nbs/flow/config.ipynb #6e2b4959
-Format = Literal["f16", "q8_0", "q4_k_m"]
-
+# %% ../../nbs/flow/config.ipynb #919cfc16
 def difference(text: str) -> str:
     "Two models to compare, the one to judge first."
     if not re.fullmatch(r"([A-Z])-(?!\1)[A-Z]", text):
         raise ValueError(f"{text} names no comparison; C-A asks whether C is better than A")
     return text
 
+# %% ../../nbs/flow/config.ipynb #65df7380
 MODEL_WORDS = ("smollm2", "smollm2.gguf", "tiny")
 SUITES = ("default", "reasoning", "grammar", "judged", "standard", "speed")
 
@@ -626,6 +625,7 @@ def model_name(name: str) -> str:
 
 Named = Annotated[str, AfterValidator(model_name)]
 
+# %% ../../nbs/flow/config.ipynb #d0ce4edf
 class Judging(Section):
     "The model that scores free answers."
 
@@ -665,6 +665,9 @@ class Benchmark(Section):
     examples: Whole = Field(100, description="Prompts shown on which the models differ.")
     seed: Whole = Field(0, description="Seed of the resamples and the choice of examples.")
 
+# %% ../../nbs/flow/config.ipynb #369b2eed
+Format = Literal["f16", "q8_0", "q4_k_m"]
+
 class Conversion(Section):
     "The GGUF files, and the proof that they say the same."
 
@@ -674,6 +677,7 @@ class Conversion(Section):
     parity_tokens: Count = Field(24, description="Tokens that must be the same for each prompt.")
     verdicts: Whole = Field(24, description="Held-out prompts on which each file's fast verdict is compared; 0: none.")
 
+# %% ../../nbs/flow/config.ipynb #85e47b3b
 class Ollama(Section):
     "Models A, B and C in Ollama: one template, one sampling."
 
@@ -753,6 +757,7 @@ class Balance(Section):
             raise ValueError(f"resume_below {self.resume_below:g} must be lower than pause_above {self.pause_above:g}")
         return self
 
+# %% ../../nbs/flow/config.ipynb #5e9ec3a1
 class Serve(Section):
     "Limits of the servers that so8t serve starts."
 
@@ -764,6 +769,7 @@ class Serve(Section):
     timeout: Annotated[float, Field(gt=0)] = Field(120, description="Longest time for an answer, waiting included, s.")
     grace: Seconds = Field(20, description="Time that requests get to end when the server is stopped, s.")
 
+# %% ../../nbs/flow/config.ipynb #40210bd9
 class Automation(Section):
     "What the runner does when a stage fails or hangs."
 
@@ -782,6 +788,7 @@ class Resources(Section):
     threads: Whole = Field(0, description="CPU threads of torch; 0: one for each core.")
     free_disk: Size = Field("2 GB", description="A run does not start with less disk free: 2 GB, 500 MB or bytes.")
 
+# %% ../../nbs/flow/config.ipynb #329e9dc8
 class Logging(Section):
     "What is said while a run goes on."
 
