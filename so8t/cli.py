@@ -169,8 +169,9 @@ def run(
     note_drift(scene, today, config)
     if steps and all(s.artifact for s in steps) and not new:
         unschedule(scene, config, today)
-        runner.render_missing(session.run_named(workspace, finished_run(scene)))
-        return say(f"{finished_run(scene)} is completed and nothing has changed; --new starts another")
+        past = finished_run(scene)
+        runner.render_missing(past)
+        return say(f"{past.id} is completed and nothing has changed; --new starts another")
     if not anyway and not (scene.run and session.holder(scene.run)):
         checks.refuse(checks.examine(workspace, scene.config))
     scene = runner.ready(workspace, today, wish)
@@ -211,9 +212,9 @@ def note_drift(
 
 def finished_run(
     scene: plan.Scene,
-) -> str:
-    "The name of the run that holds everything a plan wants."
-    return scene.run.id if scene.run else session.runs(configs.workspace(), scene.config.name)[-1].id
+) -> session.Run:
+    "The run that holds everything a plan wants."
+    return scene.run or session.runs(configs.workspace(), scene.config.name)[-1]
 
 def closing_words(
     scene: plan.Scene,

@@ -7,17 +7,18 @@ __all__ = ['HALVES', 'SIFT', 'percent', 'chip', 'table', 'tile', 'gain', 'rate',
            'source_lines', 'halves', 'resumed', 'sifted', 'example_lines', 'sentences', 'lines', 'calibration_lines',
            'file_lines']
 
-# %% ../../nbs/eval/report.ipynb #b84e8d66
+# %% ../../nbs/eval/report.ipynb #80024692
 from datetime import datetime
 from html import escape
 from pathlib import Path
 
 from IPython.display import HTML
+from rich.filesize import decimal
 
 from ..data.row import read_rows
 from .figures import BETTER, INK, MODELS, MUTED, RULE, VERDICTS, WORSE
 from ..flow import disk
-from ..flow.words import clock, size
+from ..flow.words import clock
 
 # %% ../../nbs/eval/report.ipynb #6b332fc4
 def percent(
@@ -115,7 +116,7 @@ def run_tiles(
     tiles = [tile("began", f"{first:%d %b %Y}", f"at {first:%H:%M}"),
              tile("took", clock((last - first).total_seconds()), f"until {last:%d %b %H:%M}"),
              tile("processor time", clock(sum(e.get("cpu_seconds", 0) for e in ends))),
-             tile("most memory", size(peak)), tile("interruptions", str(early), f"the run was started {starts} times" if starts > 1 else "")]
+             tile("most memory", decimal(peak)), tile("interruptions", str(early), f"the run was started {starts} times" if starts > 1 else "")]
     return HTML(f'<div style="display:flex;flex-wrap:wrap;gap:.8em">{"".join(tiles)}</div>')
 
 def stage_lines(
@@ -131,7 +132,7 @@ def stage_lines(
         maker, manifest = folder.parents[2].name, disk.read_manifest(folder)
         how = f"taken from {maker}" if not started and maker != run else f"{started} attempts" if early else "at once"
         bytes_ = sum(f["size"] for f in manifest["files"].values())
-        rows.append([stage, how, clock(sum(e["seconds"] for e in ends)) if ends else "", size(bytes_), f"<code>{folder.name}</code>"])
+        rows.append([stage, how, clock(sum(e["seconds"] for e in ends)) if ends else "", decimal(bytes_), f"<code>{folder.name}</code>"])
     return table(["stage", "how", "time", "published", "fingerprint"], rows, right=(2, 3))
 
 # %% ../../nbs/eval/report.ipynb #cc1c67a0
@@ -223,8 +224,8 @@ def file_lines(
     rows = []
     for name, merged in parity["merge"].items():
         whole = sum(f["size"] for path, f in files.items() if path.startswith(f"{name}/"))
-        rows.append([f"{name}/", size(whole), f"model {name}, burned in: {merged['merge_error']:.1g} off in a logit of {merged['largest_logit']:.0f}"])
+        rows.append([f"{name}/", decimal(whole), f"model {name}, burned in: {merged['merge_error']:.1g} off in a logit of {merged['largest_logit']:.0f}"])
     for each in parity["files"]:
         same = "the same tokens" if each["identical"] else f"KL divergence {each['kl']:.2g} nats a token"
-        rows.append([each["file"], size(files[each["file"]]["size"]), f"{same}, {each['tokens']} tried in llama.cpp"])
+        rows.append([each["file"], decimal(files[each["file"]]["size"]), f"{same}, {each['tokens']} tried in llama.cpp"])
     return table(["file", "size", "compared with the model that was trained, or burned in"], rows, right=(1,))

@@ -18,13 +18,14 @@ from statistics import fmean
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse
 from jinja2 import Environment, FileSystemLoader
+from rich import filesize
 from starlette.exceptions import HTTPException
 
 import so8t
 from ..flow import disk
 from ..flow.config import Serve
 from ..flow.problem import Problem
-from ..flow.words import ago, clock, size
+from ..flow.words import ago, clock
 from .guard import Refused, admit, failure
 
 # %% ../../nbs/serve/ui.ipynb #d73fd458
@@ -158,7 +159,7 @@ def furnished(
 # %% ../../nbs/serve/ui.ipynb #2d2b2054
 ASSETS = Path(so8t.__file__).parent / "assets" / "ui"
 ENVIRONMENT = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-ENVIRONMENT.filters |= {"clock": clock, "ago": ago, "size": size, "sentence": sentence,
+ENVIRONMENT.filters |= {"clock": clock, "ago": ago, "size": filesize.decimal, "sentence": sentence,
                         "day": lambda when: f"{datetime.fromisoformat(when):%d %b %Y}",
                         "hour": lambda when: f"at {datetime.fromisoformat(when):%H:%M}"}
 CLOSED = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PHI3_TOKENS', 'KINDS', 'LOSS', 'TOP', 'ROUNDED', 'MARGIN', 'TIE', 'BROKEN', 'read_config', 'check_convertible',
            'safe_name', 'spaced', 'convert', 'more_bits', 'k_type', 'arch', 'typed', 'quantize', 'make', 'convert_all',
-           'generate', 'next_token', 'choose', 'workplace', 'move_all', 'reference', 'divergence', 'follow',
-           'longest_context', 'form', 'encode', 'Expected', 'expect', 'compare', 'parity', 'check_parity', 'state_loss',
-           'stated_loss']
+           'generate', 'next_token', 'workplace', 'move_all', 'reference', 'divergence', 'follow', 'longest_context',
+           'form', 'encode', 'Expected', 'expect', 'compare', 'parity', 'check_parity', 'state_loss', 'stated_loss']
 
 # %% ../../nbs/ship/gguf.ipynb #daa0c833
 import io
@@ -31,7 +30,7 @@ from transformers.utils import logging as chatter
 from ..flow import disk
 from ..flow.problem import Problem
 from ..model import judge
-from ..model.llama import Llama
+from ..model.llama import Llama, tell
 
 chatter.disable_progress_bar()
 
@@ -220,14 +219,6 @@ def next_token(
     steps = reply.get("completion_probabilities")
     return reply["tokens"][0], {t["id"]: t["logprob"] for t in steps[0]["top_logprobs"]} if steps else {}
 
-def choose(
-    runtime: Llama,
-    ids: list[int],  # the prompt
-    among: list[int],  # tokens
-) -> int:
-    "Which of these tokens is the likeliest next one: its place in the list."
-    return among.index(generate(runtime, ids, 1, logit_bias=[[token, 1000.0] for token in among])["tokens"][0])
-
 # %% ../../nbs/ship/gguf.ipynb #70f60a03
 def workplace(
     run_dir: Path,  # of the run
@@ -365,7 +356,7 @@ def compare(
     runtime = Llama(path, needed)
     rows = [follow(runtime, *each) for each in hf.steps]
     cut_alike = [runtime(text)["input_ids"] == ids for text, ids in hf.cuts.items()]
-    judged = [choose(runtime, *fork) for fork in hf.forks]
+    judged = [int(np.argmax(tell(runtime, *fork))) for fork in hf.forks]
     def share(these):
         return sum(map(eq, judged, these)) / len(judged) if judged else None
 
