@@ -511,6 +511,7 @@ class Ppo(Section):
     kl_horizon: Count = Field(1000, description="Answers over which the weight adapts.")
     stop_kl: Annotated[float, Field(gt=0)] = Field(
         0.1, description="The round ends early where the policy moved so far from its own rollouts, nats a token.")
+    media_share: Share = Field(0.5, description="Share of a round's answers to pictures or sounds, where stage senses ran.")
     rewards: Rewards = Rewards()
 
     @model_validator(mode="after")
@@ -552,6 +553,8 @@ class Senses(Section):
     align: Count = Field(200, description="Optimizer steps in which a small tower and the projector learn to see or hear.")
     steps: Count = Field(40, description="Optimizer steps of gates and LoRA after that.")
     batch: Count = Field(16, description="Rows that one optimizer step learns from.")
+    text_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.25, description="Share of each batch of these steps that is text from stage cleanse, where there is one.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-3, description="Learning rate.")
 
 # %% ../../nbs/flow/config.ipynb #273a9612
