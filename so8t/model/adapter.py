@@ -30,9 +30,9 @@ from ..flow.config import Gate, Lora
 from ..flow.problem import Problem
 from . import gate as gates
 
-# %% ../../nbs/model/adapter.ipynb #a6e1f8a8
+# %% ../../nbs/model/adapter.ipynb #3733afcd
 PERCEIVING = {each.__name__: each for each in (LlavaForConditionalGeneration, Qwen2AudioForConditionalGeneration)}
-UNQUANTISED = ["lm_head", "vision_tower", "audio_tower", "multi_modal_projector"]
+UNQUANTISED = ["lm_head", "model.vision_tower", "model.audio_tower", "model.multi_modal_projector"]
 
 def class_of(
     folder: Path,  # HF folder
