@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'console', 'ConfigArgument', 'SetOption', 'RunArgument', 'JsonOption', 'COLOURS', 'DAMAGED', 'WORSE',
            'schedule', 'ModelArgument', 'ServedOption', 'audit', 'options', 'main', 'config_path', 'the_run', 'say',
-           'unschedule', 'run', 'start_at', 'note_drift', 'finished_run', 'closing_words', 'show_plan', 'init',
-           'scene_for', 'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page', 'checkpoint',
-           'list_runs', 'verify', 'finished', 'report_page', 'report', 'answered', 'compare', 'show_config', 'doctor',
-           'needs_table', 'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove', 'recover',
-           'notify', 'clean', 'rooms', 'served', 'serve', 'judge', 'is_file', 'looked_at', 'ui', 'audit_log',
-           'audit_verify', 'audit_export', 'audit_prune']
+           'scene_for', 'finished', 'report_page', 'unschedule', 'run', 'start_at', 'note_drift', 'finished_run',
+           'closing_words', 'show_plan', 'init', 'coloured', 'stage_table', 'checkpoint_table', 'status', 'status_page',
+           'checkpoint', 'list_runs', 'verify', 'report', 'answered', 'compare', 'show_config', 'doctor', 'needs_table',
+           'task_and_plan', 'schedule_install', 'schedule_status', 'schedule_remove', 'recover', 'notify', 'clean',
+           'rooms', 'served', 'serve', 'judge', 'is_file', 'looked_at', 'ui', 'audit_log', 'audit_verify',
+           'audit_export', 'audit_prune']
 
 # %% ../nbs/cli.ipynb #2552a205
 import json
@@ -113,6 +113,29 @@ def say(
     "A line on stdout that wraps nowhere."
     print(text)
 
+# %% ../nbs/cli.ipynb #82d468bd
+def scene_for(
+    workspace: configs.Workspace,
+    run: session.Run,
+) -> plan.Scene:
+    "The scene of a run, for looking at it."
+    return runner.scene_of(workspace, run, runner.Wish())
+
+def finished(
+    scene: plan.Scene,
+    stage: str,
+) -> Path | None:
+    "The artifact of a stage, if it is finished."
+    return next((s.artifact for s in plan.plan(replace(scene, force=())) if s.stage == stage and s.artifact), None)
+
+def report_page(
+    scene: plan.Scene,
+) -> Path | None:
+    "The report of a run, if it has one."
+    folder = finished(scene, "report")
+    page = folder and session.Run(folder.parents[2]).notebook("report").with_suffix(".html")
+    return page if page and page.is_file() else None
+
 # %% ../nbs/cli.ipynb #2ea2324d
 def unschedule(
     scene: plan.Scene,
@@ -166,6 +189,8 @@ def run(
     steps = [] if scene.run and session.holder(scene.run) else plan.plan(scene)
     if dry_run:
         return show_plan(scene, steps, names, as_json)
+    if resume_from and not scene.run:
+        raise Problem(f"--resume-from {resume_from}: no unfinished run of this configuration could go on from there; --run names one")
     note_drift(scene, today, config)
     if steps and all(s.artifact for s in steps) and not new:
         unschedule(scene, config, today)
@@ -256,14 +281,6 @@ def init(
     written = workspaces.init(Path(folder))
     go = "" if folder == "." else f"cd {folder}, then "
     say(f"{folder}: {len(written)} files; {go}so8t run configs/tiny.yaml" if written else f"{folder}: is a workspace already; nothing was changed")
-
-# %% ../nbs/cli.ipynb #82d468bd
-def scene_for(
-    workspace: configs.Workspace,
-    run: session.Run,
-) -> plan.Scene:
-    "The scene of a run, for looking at it."
-    return runner.scene_of(workspace, run, runner.Wish())
 
 # %% ../nbs/cli.ipynb #bde1d6c4
 COLOURS = {"finished": "green", "completed": "green", "running": "bold yellow", "failed": "bold red", "interrupted": "magenta",
@@ -379,7 +396,7 @@ def list_runs(
         return say(json.dumps(rows, ensure_ascii=False))
     table = Table("run", "status", "stages", "last heard", "expires", box=box.SIMPLE)
     for row in rows:
-        table.add_row(row["id"], coloured(row["status"]), f"{row['finished']} of {row['stages']}",
+        table.add_row(row["id"], coloured(row["status"].partition(":")[0]), f"{row['finished']} of {row['stages']}",
                       f"{ago(row['updated'])} ago" if row["updated"] else "", (row["expires"] or "")[:10])
     console.print(table if rows else f"no run in {workspace.runs} yet: so8t run")
 
@@ -408,22 +425,7 @@ def verify(
         say(f"{len(rows)} folders hashed, {len(damaged)} damaged")
     raise typer.Exit(DAMAGED if damaged else 0)
 
-# %% ../nbs/cli.ipynb #ca14d3a0
-def finished(
-    scene: plan.Scene,
-    stage: str,
-) -> Path | None:
-    "The artifact of a stage, if it is finished."
-    return next((s.artifact for s in plan.plan(replace(scene, force=())) if s.stage == stage and s.artifact), None)
-
-def report_page(
-    scene: plan.Scene,
-) -> Path | None:
-    "The report of a run, if it has one."
-    folder = finished(scene, "report")
-    page = folder and session.Run(folder.parents[2]).notebook("report").with_suffix(".html")
-    return page if page and page.is_file() else None
-
+# %% ../nbs/cli.ipynb #1f8b5405
 @app.command()
 def report(
     run_id: RunArgument = "",
@@ -581,6 +583,7 @@ def recover(
         return say(json.dumps(list(rows), ensure_ascii=False))
     with suppress(KeyboardInterrupt):
         for row in rows:
+            number += 1
             came = f"; then it {row['came']}" if row["came"] else ""
             say(f"{row['time'][:19]} {row['stage']}: {row['kind']}: {row['error']}")
             say(f"    tried: {', '.join(row['tried']) or 'nothing'}{came}; against this: {row['would']}")
