@@ -7,13 +7,13 @@ __all__ = ['PATTERNS', 'KEY', 'SCALARS', 'Count', 'Whole', 'Seconds', 'Share', '
            'COMMANDS', 'TOPICS', 'VERDICTS', 'Weight', 'Costs', 'MODEL_WORDS', 'SUITES', 'Named', 'Format', 'UNITS',
            'Size', 'TYPES', 'LIMITS', 'WORDS', 'FORMAT', 'Yaml', 'join', 'mistake', 'plain', 'mapping', 'parse',
            'shown', 'Section', 'nearest', 'distinct', 'Tiny', 'Model', 'source', 'Mapped', 'Source', 'Media',
-           'web_address', 'Web', 'Data', 'Agent', 'Research', 'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft', 'Rewards',
-           'Ppo', 'Dpo', 'Senses', 'Span', 'Search', 'Checkpoint', 'Training', 'difference', 'model_name', 'Judging',
-           'Benchmark', 'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance', 'Serve', 'Automation',
-           'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of', 'schema_rows',
-           'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings', 'workspace',
-           'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section', 'frozen_lines',
-           'freeze', 'thaw', 'render']
+           'web_address', 'Web', 'Labeller', 'Data', 'Agent', 'Research', 'Lora', 'Gate', 'Pet', 'divides_batch', 'Sft',
+           'Rewards', 'Ppo', 'Dpo', 'Senses', 'Span', 'Search', 'Checkpoint', 'Training', 'difference', 'model_name',
+           'Judging', 'Benchmark', 'Conversion', 'Ollama', 'Upload', 'Cleanup', 'size', 'Balance', 'Serve',
+           'Automation', 'Resources', 'Logging', 'Notifications', 'Custom', 'Stage', 'Config', 'type_words', 'rows_of',
+           'schema_rows', 'reference', 'dotted', 'keys_of', 'unknown', 'describe', 'checked', 'Workspace', 'settings',
+           'workspace', 'Resolved', 'flat', 'merge', 'assignment', 'read', 'locate', 'title', 'load', 'section',
+           'frozen_lines', 'freeze', 'thaw', 'render']
 
 # %% ../../nbs/flow/config.ipynb #c99bda81
 import configparser
@@ -302,6 +302,24 @@ class Web(Section):
     max_bytes: Count = Field(2_000_000, description="Larger pages are left alone, bytes.")
     timeout: Annotated[float, Field(gt=0)] = Field(30.0, description="Longest time for one page, seconds.")
 
+# %% ../../nbs/flow/config.ipynb #75fd2f2b
+class Labeller(Section):
+    "A model or an agent that gives every row a verdict."
+
+    model: Annotated[str, Field(pattern=r"[/\\]|\.gguf$|^ollama:")] | None = Field(
+        None, description="A model: ./folder, hub id, .gguf file, ollama:NAME or URL#NAME.")
+    agent: str | None = Field(None, description="An agent: a name in research.agents.")
+
+    @model_validator(mode="after")
+    def one_voice(self):
+        "Either a model or an agent."
+        if bool(self.model) == bool(self.agent):
+            raise ValueError("a labeller has one of model and agent")
+        return self
+
+    def __str__(self) -> str:
+        return f"model:{self.model}" if self.model else f"agent:{self.agent}"
+
 # %% ../../nbs/flow/config.ipynb #e6f68a01
 LICENCES = ["Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "MIT"]
 
@@ -328,6 +346,8 @@ class Data(Section):
         [], description="Files (.txt, a text a line; .jsonl; .parquet) whose texts must not stand in the training rows.")
     languages: Annotated[list[Literal["en", "ja"]], Field(min_length=1), AfterValidator(distinct)] = Field(
         ["en", "ja"], description="Languages to keep.")
+    labellers: Annotated[list[Labeller], AfterValidator(distinct)] = Field(
+        [], description="Who gives every row a verdict, each {model: ...} or {agent: ...}; their disputes are queued.")
     answers: str | None = Field(
         "labels/answers.jsonl", description="What people answered in the queue of data.label, written beside it; null: none.")
     web: Web = Web()
@@ -584,6 +604,8 @@ class Search(Section):
     trials: Count = Field(10, description="Trainings to try.")
     steps: Count = Field(40, description="Optimizer steps of each.")
     rows: Count = Field(100, description="Training rows kept back as validation.")
+    at_once: Count = Field(
+        1, description="Trials that are proposed together, before any of them has ended; ray trains them side by side.")
     reports: Count = Field(4, description="Validations in the course of a trial; a hopeless one is pruned there.")
     seed: Whole = Field(0, description="Seed of the sampler.")
     over: Annotated[list[Span], Field(min_length=1)] = Field(
@@ -789,6 +811,11 @@ class Resources(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run; auto: cuda if there is one.")
     threads: Whole = Field(0, description="CPU threads of torch; 0: one for each core.")
+    executor: Literal["local", "ray"] = Field(
+        "local", description="Where parts that do not depend on each other are worked on; ray: on a cluster (extra `ray`).")
+    address: str | None = Field(
+        None, description="The Ray cluster, host:port or auto; null: RAY_ADDRESS, or a cluster on this machine alone.")
+    shard: bool = Field(False, description="SFT by ranks: divide the frozen base among the GPUs (FSDP).")
     free_disk: Size = Field("2 GB", description="A run does not start with less disk free: 2 GB, 500 MB or bytes.")
 
 # %% ../../nbs/flow/config.ipynb #329e9dc8
@@ -909,6 +936,16 @@ class Config(Section):
             if found != due:
                 raise ValueError(f"{found} cannot come before {due}: settings.ini has the order {', '.join(order)}")
         return stages
+
+    @field_validator("research")
+    @classmethod
+    def labellers_are_known(cls, research: Research, info: ValidationInfo) -> Research:
+        "An agent that labels is one of those that are described."
+        names = [agent.name for agent in research.agents]
+        for who in info.data["data"].labellers if "data" in info.data else []:
+            if who.agent and who.agent not in names:
+                raise ValueError(f"data.labellers has the agent {who.agent}, which is not in research.agents{nearest(who.agent, names)}")
+        return research
 
 # %% ../../nbs/flow/config.ipynb #ea358c02
 TYPES = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "name or section"}
