@@ -113,6 +113,18 @@ def test_a_page_that_a_kill_kept_from_being_made_is_made_by_the_same_command(gar
     assert "jp-Notebook" in page.read_text(encoding="utf-8")
 
 
+def test_an_unfinished_run_goes_on_although_the_clock_was_set_back_before_it_was_made(garden):
+    garden.config.write_text(garden.config.read_text().replace("[seed, grow, pick]", "[seed]"))
+    assert garden.so8t("run").returncode == 0
+    first = next(garden.runs.glob("garden-*"))
+    first.rename(first.with_name("garden-29990101-000000"))
+    garden.config.write_text(garden.config.read_text().replace("[seed]", "[seed, grow]").replace("oak", "ash"))
+    assert garden.so8t("run", "--until", "seed").returncode == 0
+    assert garden.so8t("run").returncode == 0
+    assert len(list(garden.runs.glob("garden-*"))) == 2
+    assert garden.status()["status"] == "completed"
+
+
 def test_session_json_is_only_a_view(garden):
     assert garden.so8t("run", "--until", "seed").returncode == 0
     view = next(garden.runs.glob("*/session.json"))

@@ -189,7 +189,7 @@ def stage_view(
     own = [e for e in events if e.get("stage") == step.stage]
     starts = [e for e in own if e["event"] == "stage_started"]
     ends = [e for e in own if e["event"] in ("stage_finished", "stage_reused", "stage_ended")]
-    open_ = bool(starts) and (not ends or ends[-1]["time"] < starts[-1]["time"])
+    open_ = [e for e in own if e in starts + ends][-1:] == starts[-1:] != []
     if step.artifact:
         status = "finished"
     elif open_:

@@ -6,7 +6,7 @@
 __all__ = ['seed_everything', 'rng_state', 'set_rng_state', 'snapshot', 'split', 'join', 'Checkpointer', 'refuse_stranger',
            'latest']
 
-# %% ../../nbs/train/checkpoint.ipynb #dfb3211e
+# %% ../../nbs/train/checkpoint.ipynb #d7c373aa
 import json
 import random
 import threading
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..flow import disk
@@ -148,7 +149,7 @@ class Checkpointer:
         "Persist; an error is told, and training goes on."
         try:
             self.persist(place, step, kind, shape)
-        except (OSError, Problem) as error:
+        except (OSError, Problem, SafetensorError) as error:
             self.statistics["failures"] += 1
             self.say(f"checkpoint {place.name} could not be written ({error}); training goes on, the next one is due "
                      f"in {self.every:.0f} s")
