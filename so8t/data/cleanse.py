@@ -8,14 +8,15 @@ __all__ = ['TESTED', 'SIDES', 'EXAMS', 'KNOWN', 'CLASS', 'GONE', 'Reason', 'side
            'read_tested', 'exam', 'searched', 'quotes', 'strangers', 'surplus', 'weigh', 'cleanse', 'doubtful',
            'counts', 'slices', 'save']
 
-# %% ../../nbs/data/cleanse.ipynb #f3960ca1
+# %% ../../nbs/data/cleanse.ipynb #18fe5f39
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from importlib import resources
 from itertools import chain, islice
 from pathlib import Path
@@ -167,14 +168,16 @@ def survey(
     data: Data,
     scratch: Path,  # a file that is written anew, and gone when nobody looks at the rows any more
     answers: dict[str, dict] | None = None,  # of people, by the id of the row
+    each: Callable = map,  # examines every batch, here (more than two by all cores) or elsewhere
 ) -> tuple[Cleansed, np.ndarray]:
-    "The rows, each looked at by itself, and the numbers by which they meet; more than two batches by all cores."
+    "The rows, each looked at by itself, and the numbers by which they meet."
     tables = filter(len, tables)
     few = list(islice(tables, 3))
     if not few:
         raise Problem("cleanse: there are no rows; data.sources must name some")
-    work = Parallel(-1 if len(few) > 2 else 1, return_as="generator")(
-        delayed(examine)(table, data, answers or {}) for table in chain(few, tables))
+    if each is map and len(few) > 2:
+        each = lambda look, parts: Parallel(-1, return_as="generator")(map(delayed(look), parts))  # noqa: E731
+    work = each(partial(examine, data=data, answers=answers or {}), chain(few, tables))
     frames, keys, masked, schema = [], [], Counter(), SCHEMA.append(pa.field("seen", pa.string()))
     with pa.ipc.new_file(str(scratch), schema) as file:
         for rows, fates, met, found in work:
@@ -343,9 +346,10 @@ def cleanse(
     scratch: Path,  # a file that is written anew, of the size of all rows
     tested: dict[str, list[str]] | None = None,  # benchmark -> texts, beside the rows that are held out
     answers: dict[str, dict] | None = None,  # of people, by the id of the row
+    each: Callable = map,  # examines every batch, here (by all cores) or elsewhere
 ) -> Cleansed:
     "What becomes of rows, with side, reason and weight."
-    done, keys = survey(chain(tables, [exam(tested or {})]), data, scratch, answers)
+    done, keys = survey(chain(tables, [exam(tested or {})]), data, scratch, answers, each)
     for rule in (
         contradictions,
         doubles,

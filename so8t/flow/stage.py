@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'Slice', 'Stage', 'versions', 'open_stage', 'runner_scene', 'notebook_scene', 'stage_of']
 
-# %% ../../nbs/flow/stage.ipynb #e3a2ea53
+# %% ../../nbs/flow/stage.ipynb #55e7c4bc
 import hashlib
 import json
 import logging
 import os
 import platform
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 from . import config as configs
-from . import disk, guard, plan, recovery, session
+from . import disk, executor, guard, plan, recovery, session
 from .fingerprint import declared
 from .problem import Problem
 
@@ -75,6 +76,14 @@ class Stage:
         for name in section.split("."):
             value = getattr(value, name)
         return value
+
+    def each(
+        self,
+        cores: int = 1,  # that a part uses
+        gpus: int = 0,  # that a part uses
+    ) -> Callable:
+        "`map`, or the same on a Ray cluster, as `resources.executor` says; it cannot change what comes of it."
+        return executor.mapper(self.how("resources"), cores, gpus)
 
     def identity(self) -> dict[str, str]:
         "What a checkpoint of this stage belongs to: its inputs and its settings, as digests."
