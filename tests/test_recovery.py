@@ -5,12 +5,10 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from garden import GROWN, Garden, wait_for, write_notebook
-from test_kill_tiny import Workspace
 
 from so8t.flow import recovery
 
@@ -232,54 +230,3 @@ def test_a_full_disk_is_waited_for(garden, small_disk, least, said):
     os.truncate(runs / "ballast", 0)
     assert runner.wait(60) == 0, (garden.root / "out.txt").read_text()
     assert garden.events("run_ended")[-1]["status"] == "completed"
-
-
-# ---- the real pipeline ----
-
-
-class Tiny(Workspace):
-    "configs/tiny.yaml, each of its stages with a place for faults; pauses are short."
-
-    def __init__(self, root: Path):
-        super().__init__(root)
-        config = root / "configs" / "tiny.yaml"
-        config.write_text(config.read_text(encoding="utf-8") + "\nautomation: {backoff: 0.01}\n", encoding="utf-8")
-        for file in (root / "nbs" / "stages").glob("*.ipynb"):
-            notebook = json.loads(file.read_text(encoding="utf-8"))
-            place = next(i for i, c in enumerate(notebook["cells"]) if "open_stage(" in "".join(c["source"])
-                         and c["cell_type"] == "code")
-            hook = {"cell_type": "code", "id": "hook", "metadata": {}, "source": HOOK, "outputs": []}
-            notebook["cells"].insert(place + 1, hook | {"execution_count": None})
-            file.write_text(json.dumps(notebook), encoding="utf-8")
-
-    def forced(self, stage: str) -> tuple[int, str, list[str]]:
-        "Run a stage again in a new run: exit code, digest of what it published, kinds of its errors."
-        command = [sys.executable, "-c", "from so8t.cli import main; main()", "run", "tiny", "--force", stage]
-        code = subprocess.run(command, cwd=self.root, capture_output=True).returncode
-        run = max((self.root / "runs").glob("tiny-*"), key=lambda p: (p / "config.yaml").stat().st_mtime)
-        lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-        kinds = [e["kind"] for e in map(json.loads, lines) if e["event"] == "stage_ended"]
-        made = [json.loads(f.read_text(encoding="utf-8")) for f in run.glob(f"artifacts/{stage}/*/manifest.json")]
-        return code, made[0]["digest"] if made else "", kinds
-
-
-@pytest.mark.soak
-def test_every_kind_alone_and_with_another_in_the_tiny_pipeline(tmp_path):
-    """After every fault that can be healed, the stage publishes the same bytes. What asks a training for other settings
-    is tried on the other stages here."""
-    tiny, dice = Tiny(tmp_path), random.Random()
-    tiny.finish()
-    reference, adjusts = tiny.digests(), {"gpu memory", "host memory", "not a number"}
-    pairs = [(kind,) for kind in FAULTS] + dice.sample(list(itertools.permutations(FAULTS, 2)), 10)
-    for kinds in pairs:
-        taken = {"report", "sft", "ppo"} if adjusts & set(kinds) else {"report"}
-        stage = dice.choice([name for name in reference if name not in taken])
-        lay(tmp_path, stage, kinds)
-        code, digest, seen = tiny.forced(stage)
-        fatal = next((kind for kind in kinds if kind in HOPELESS), None)
-        assert code == (1 if fatal else 0), (stage, kinds)
-        assert seen == list(kinds[: kinds.index(fatal) + 1] if fatal else kinds), (stage, kinds)
-        assert fatal or digest == reference[stage], (stage, kinds)
-        for file in (tmp_path / "faults").iterdir():
-            file.unlink()
-    print(f"{len(pairs)} faults and pairs of faults, each finished or stopped with its sentence")
