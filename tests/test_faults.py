@@ -28,7 +28,8 @@ HOOK = """from pathlib import Path
 laid = sorted(Path(stage.scene.root, "faults").glob(f"{stage.name}-*.py"))
 waiting = [file for file in laid if not file.with_suffix(".struck").exists()]
 if waiting and waiting[0].stem.endswith("-PLACE"):
-    for file in reversed(waiting[: 1 if "-now-" in waiting[0].stem else None]):
+    later = [file for file in waiting[1:] if "-now-" not in file.stem]
+    for file in [*reversed(later), waiting[0]]:
         exec(file.read_text())"""
 ONCE = """from {module} import {room}
 def strike(*given, go_on={room}.{function}):
