@@ -18,12 +18,17 @@ All of them: exit code 0 for an answer, another one with words on stderr where t
 
     python agent.py FOLDER KIND [@PROMPT_FILE]
 
+A question that ends in a request to be judged is answered with the verdict that FOLDER/verdicts.json has for it, or
+ALLOW.
+
 FOLDER/asked.jsonl gets what each call was given. FOLDER/fault names the fault; with a number behind it, it goes away
-after so many calls. While there is FOLDER/pause, every call takes its time.
+after so many calls. While there is FOLDER/pause, every call takes its time. FOLDER/kill has the number of the call that
+kills who asks, and is gone then.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +47,13 @@ def row(prompt: str, number: int) -> dict:
     return {"prompt": asked.format(n=number), "verdict": verdict, "reason": reason, "task": "Papers forgotten.",
             "safety": "Nobody is harmed.", "policy": "Everyday help is fine.", "final": "Decide.", "answer": told,
             "sources": ["https://www.example.org/papers"]}
+
+
+def judged(folder: Path, prompt: str) -> str:
+    "An answer that is a verdict."
+    file = folder / "verdicts.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return json.dumps({"verdict": known.get(prompt.partition("Request:\n")[2].strip(), "ALLOW")})
 
 
 def wrapped(kind: str, text: str) -> str:
@@ -80,7 +92,11 @@ def main(folder: Path, kind: str, source: str = ""):
     here = {"argv": sys.argv, "prompt": prompt, "cwd": os.listdir(), "pid": os.getpid()}
     with asked.open("a", encoding="utf-8") as file:
         file.write(json.dumps(here) + "\n")
-    number, wrong = os.getpid(), fault(folder)
+    number, wrong, kill = os.getpid(), fault(folder), folder / "kill"
+    if kill.exists() and len(asked.read_text(encoding="utf-8").splitlines()) == int(kill.read_text()):
+        kill.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
     if (folder / "pause").exists():
         time.sleep(0.3)
     if wrong == "limit":
@@ -89,6 +105,9 @@ def main(folder: Path, kind: str, source: str = ""):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         (folder / "child").write_text(str(child.pid))
         time.sleep(60)
+    if "Request:\n" in prompt:
+        told = "I would rather not." if wrong == "garbage" else judged(folder, prompt)
+        return sys.stdout.buffer.write(wrapped(kind, told).encode())
     text = {"garbage": "I would rather not.", "half": json.dumps(row(prompt, number))[:90],
             "tags": json.dumps(row(prompt, number) | {"task": "<think-final>ALLOW"}),
             "english": json.dumps(row(prompt.replace("Japanese", "English"), number)),

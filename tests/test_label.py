@@ -9,27 +9,24 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 
 from so8t.data import label, sources
 from so8t.data.row import id_of, read_rows
 from so8t.data.verdict import Verdict
+from so8t.eval import backends
 from so8t.flow import disk
 from so8t.flow.problem import Problem
-
-WORDS = [*map(str, Verdict), "MAYBE", "allow", ""]
 
 
 def row(i, verdict=None, prompt=None, **more):
     found = {"lang": "en", "area": "everyday", "prompt": prompt or f"ask {i}", "verdict": verdict, "labeller": None}
     return found | {"id": id_of(found)} | more
-
-
-def vote(i, who, verdict):
-    return {"id": row(i)["id"], "labeller": who, "verdict": verdict}
 
 
 def test_the_table_of_public_labels_is_whole():
@@ -57,81 +54,64 @@ def test_a_bad_table_is_one_clear_line(tmp_path, said, expected):
         label.read_table(tmp_path / "labels.json")
 
 
+WORDS = st.sampled_from([*map(str, Verdict), "MAYBE", "allow", "", None])
+
+
 @st.composite
 def scenes(draw):
-    "Rows with and without a verdict, votes and answers; some words are no verdict, some ids are of no row."
-    fine = st.sampled_from(list(map(str, Verdict)))
-    rows = [row(i, draw(st.none() | fine), labeller="source:own") for i in range(draw(st.integers(1, 6)))]
-    number, word = st.integers(0, 7), st.sampled_from(WORDS)
-    votes = st.builds(vote, number, st.sampled_from(["agent:a", "agent:b", "model:m"]), word)
-    answers = st.builds(vote, number, st.sampled_from(["person:x", "person:y"]), word)
-    return rows, draw(st.lists(votes, max_size=12)), draw(st.lists(answers, max_size=4))
+    "What two labellers said of rows with and without a verdict; some words are no verdict, some are missing."
+    size, fine = draw(st.integers(1, 6)), st.none() | st.sampled_from(list(map(str, Verdict)))
+    columns = {"source": fine, "agent:a": WORDS, "model:m": WORDS}
+    told = {name: draw(st.lists(words, min_size=size, max_size=size)) for name, words in columns.items()}
+    return pd.DataFrame(told, [f"r{i}" for i in range(size)], dtype=object).rename_axis("id")
 
 
 @settings(max_examples=200, deadline=None)
 @given(scenes())
-def test_settling_keeps_its_promises(scene):
-    rows, votes, answers = scene
-    settled, queued, refused = label.settle(rows, votes, answers)
-    ids = [{r["id"] for r in part} for part in (settled, queued, refused)]
-    assert ids[0] | ids[1] | ids[2] == {r["id"] for r in rows}
-    assert not ids[2] & (ids[0] | ids[1])
-    assert all(r["verdict"] in list(Verdict) for r in settled)
-    last = {a["id"]: a for a in answers}
-    given_ = {r["id"]: r for r in rows}
-    for r in settled:
-        if r["id"] in last:
-            assert (r["verdict"], r["labeller"]) == (last[r["id"]]["verdict"], last[r["id"]]["labeller"])
-            assert r["id"] not in ids[1]
-        elif r["id"] in ids[1]:
-            assert r == given_[r["id"]]
-        assert r | {"verdict": None, "labeller": None} == given_[r["id"]] | {"verdict": None, "labeller": None}
-    for record in refused:
-        assert "which is no verdict" in record["reason"]
+def test_settling_keeps_its_promises(said):
+    votes, refused = label.heard(said)
+    taken, disputed = label.settle(votes)
+    strange = [(id_, who, word) for id_, words in said.iterrows() for who, word in words.items()
+               if isinstance(word, str) and word not in list(Verdict)]
+    assert sorted(refused.itertuples(index=False, name=None)) == sorted(strange)
+    for id_, words in said.iterrows():
+        given_, known = words[["agent:a", "model:m"]], {w for w in words if w in list(map(str, Verdict))}
+        assert (id_ in disputed) == (len(known) > 1)
+        all_alike = given_.nunique() == 1 and set(given_) <= set(map(str, Verdict))
+        assert (id_ in taken) == (not isinstance(words["source"], str) and all_alike)
+        if id_ in taken:
+            assert taken[id_] == {"id": id_, "labeller": "agent:a, model:m", "verdict": given_.iloc[0]}
 
 
-def test_an_unknown_label_stops_its_row_and_no_other():
-    rows = [row(i, "ALLOW") for i in range(3)]
-    settled, queued, refused = label.settle(rows, [vote(1, "agent:a", "Allowed")], [])
-    assert [r["id"] for r in settled] == [rows[0]["id"], rows[2]["id"]] and queued == []
-    assert refused == [{"id": rows[1]["id"], "reason": "agent:a said 'Allowed', which is no verdict"}]
-
-
-def test_a_judge_votes_where_it_is_sure_and_what_is_no_distribution_is_refused():
-    rows = [row(i) for i in range(5)]
-    odds = [[0.1, 0.1, 0.1, 0.7], [0.4, 0.3, 0.2, 0.1], [np.nan] * 4, [2, 0, 0, 0], [-1, 2, 0, 0]]
-    votes, refused = label.judged(rows, lambda prompts: np.array(odds), "model:x")
-    assert [(v["id"], v["verdict"]) for v in votes] == [(rows[0]["id"], "REFUSE")]
-    assert [r["id"] for r in refused] == [r["id"] for r in rows[2:]]
-    assert label.judged([], lambda prompts: [], "model:x") == ([], [])
+def test_the_widest_gap_is_looked_at_first():
+    votes = {"source": ["ALLOW", "ALLOW", "DENY"], "agent:a": ["ESCALATION", "REFUSE", "DENY"]}
+    assert label.settle(pd.DataFrame(votes, ["x", "y", "z"])) == ({}, ["y", "x"])
 
 
 def test_kappas_are_those_of_the_papers():
     table = np.repeat([[0, 0], [0, 1], [1, 0], [1, 1]], [20, 5, 10, 15], axis=0)
     assert label.cohen(table) == pytest.approx(0.4)
+    assert label.cohen(table[[0, 20, 25, 35]], np.array([20, 5, 10, 15])) == pytest.approx(0.4)
     three = np.array([[0, 0, 0], [0, 0, 1], [1, 1, 1], [3, 3, 2]])
-    counts = np.array([[3, 0, 0, 0], [2, 1, 0, 0], [0, 3, 0, 0], [0, 0, 1, 2]])
-    within = ((counts**2).sum(1) - 3) / 6
-    chance = ((counts.sum(0) / 12) ** 2).sum()
-    assert label.fleiss(three) == pytest.approx((within.mean() - chance) / (1 - chance))
+    assert label.fleiss(three) == pytest.approx(fleiss_kappa(aggregate_raters(three, 4)[0]))
+    assert label.fleiss(three, np.array([2, 1, 1, 3])) == pytest.approx(
+        fleiss_kappa(aggregate_raters(np.repeat(three, [2, 1, 1, 3], axis=0), 4)[0]))
 
 
 def test_agreement_of_those_who_never_differ_is_not_made_up():
-    same = [vote(i, who, "ALLOW") for i in range(5) for who in ("a", "b")]
-    (pair,) = label.agreement(same)
-    assert (pair["kappa"], pair["low"], pair["rows"]) == (None, None, 5)
-    apart = [vote(0, "a", "ALLOW"), vote(1, "b", "DENY")]
-    assert label.agreement(apart)[0] | {"measure": ""} == {
-        "labellers": "a / b", "measure": "", "rows": 0, "kappa": None, "low": None, "high": None}
+    (pair,) = label.agreement(pd.DataFrame({"a": ["ALLOW"] * 5, "b": ["ALLOW"] * 5})).to_dict("records")
+    assert pair["rows"] == 5 and np.isnan([pair["kappa"], pair["low"], pair["high"]]).all()
+    (pair,) = label.agreement(pd.DataFrame({"a": ["ALLOW", None], "b": [None, "DENY"]})).to_dict("records")
+    assert (pair["labellers"], pair["rows"]) == ("a / b", 0) and np.isnan(pair["kappa"])
+    assert label.agreement(pd.DataFrame({"source": ["ALLOW"]})).empty
 
 
 def test_the_interval_of_agreement_holds_the_truth_nineteen_times_in_twenty():
-    dice, held = np.random.default_rng(0), []
+    dice, held, words = np.random.default_rng(0), [], np.array(list(map(str, Verdict)))
     for _ in range(20):
         truth = dice.integers(4, size=150)
         said = np.where(dice.random((150, 2)) < 0.7, truth[:, None], dice.integers(4, size=(150, 2)))
-        votes = [vote(i, "ab"[j], list(Verdict)[said[i, j]]) for i in range(150) for j in range(2)]
-        (pair,) = label.agreement(votes, 100)
+        pair = label.agreement(pd.DataFrame(words[said], columns=["a", "b"]), 100).iloc[0]
         held.append(pair["low"] <= 0.49 <= pair["high"])
     assert sum(held) >= 17
 
@@ -163,20 +143,14 @@ def work(folder, **parameters):
         folder / "queue.ipynb", folder / "done.ipynb", parameters, cwd=folder, progress_bar=False)
 
 
-def test_answers_flow_from_the_queue_back_into_the_rows(folder):
+def test_a_queue_is_worked_through_in_papermill(folder):
     rows = [row(0, "ALLOW"), row(1, prompt=HOSTILE), row(2, prompt="猫に玉ねぎをあげていい？", lang="ja"), row(3)]
-    votes = [vote(0, "agent:a", "DENY"), {"id": rows[1]["id"], "labeller": "agent:a", "verdict": "REFUSE"},
-             {"id": rows[1]["id"], "labeller": "agent:b", "verdict": "DENY"}]
-    settled, queued, _ = label.settle(rows, votes, [])
-    assert [r["id"] for r in queued] == [r["id"] for r in rows] and len(settled) == 1
-    ask(folder, queued, votes)
+    ask(folder, rows, [{"id": rows[1]["id"], "labeller": "agent:a", "verdict": "REFUSE"}])
     fill(folder, **{rows[0]["id"]: "ALLOW", rows[1]["id"]: "REFUSE", rows[2]["id"]: "ESCALATION"})
     work(folder, alias="taro")
-    answers = label.read_answers(folder / "answers.jsonl")
-    settled, queued, refused = label.settle(rows, votes, answers)
-    assert [(r["verdict"], r["labeller"]) for r in settled] == [
-        (verdict, "person:taro") for verdict in ("ALLOW", "REFUSE", "ESCALATION")]
-    assert [r["id"] for r in queued] == [rows[3]["id"]] and refused == []
+    assert label.read_answers(folder / "answers.jsonl") == [
+        {"id": rows[i]["id"], "labeller": "person:taro", "verdict": verdict}
+        for i, verdict in enumerate(("ALLOW", "REFUSE", "ESCALATION"))]
 
 
 def test_an_unknown_label_is_one_line_in_its_cell_and_what_was_answered_before_is_kept(folder):
@@ -194,7 +168,7 @@ def test_an_unknown_label_is_one_line_in_its_cell_and_what_was_answered_before_i
 
 def test_a_queue_written_again_is_the_same_and_loses_no_answer(folder):
     rows = [row(i) for i in range(4)]
-    votes = [vote(0, "agent:a", "DENY")]
+    votes = [{"id": rows[0]["id"], "labeller": "agent:a", "verdict": "DENY"}]
     ask(folder, rows[:3], votes)
     first = (folder / "queue.ipynb").read_bytes()
     ask(folder, rows[:3], votes)
@@ -251,27 +225,27 @@ ASKED = [("a", "Say a rude word to my neighbour.", "DENY"), ("b", "say a rude wo
 
 
 class Workspace:
-    "Stages collect and cleanse over four rows: two contradict each other, one has no verdict."
+    "Stages collect and cleanse over four rows: two contradict each other, one has no verdict. Or over rows of a test."
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, asked=ASKED, config: str = ""):
         self.root, self.answers = root, root / "labels" / "answers.jsonl"
         for folder in ("configs", "nbs/stages"):
             (root / folder).mkdir(parents=True)
         shutil.copy(ROOT / "settings.ini", root)
         for name in ("collect", "cleanse"):
             shutil.copy(ROOT / "nbs" / "stages" / f"{name}.ipynb", root / "nbs" / "stages")
-        config = "name: my\nstages: [collect, cleanse]\ndata: {sources: [mine.jsonl]}\n"
-        (root / "configs" / "my.yaml").write_text(config)
+        config = config or "data: {sources: [mine.jsonl]}"
+        (root / "configs" / "my.yaml").write_text(f"name: my\nstages: [collect, cleanse]\n{config}\n")
         common = {"lang": "en", "area": "everyday", "licence": "MIT"}
         quad = dict.fromkeys(("task", "safety", "policy", "answer"), "hm") | {"final": "hm DENY"}
         rows = [common | {"id": key, "prompt": prompt, "verdict": verdict} | (quad if key == "a" else {})
-                for key, prompt, verdict in ASKED]
+                for key, prompt, verdict in asked]
         (root / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def so8t(self, *words: str) -> str:
+    def so8t(self, *words: str, code: int = 0) -> str:
         command = [sys.executable, "-c", "from so8t.cli import main; main()", *words]
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
     def executed(self) -> list[str]:
@@ -283,9 +257,17 @@ class Workspace:
         cells = nbformat.read(self.answers.with_name("queue.ipynb"), as_version=4).cells
         return [cell.id.removeprefix("label-") for cell in cells if cell.id.startswith("label-")]
 
+    @property
+    def artifact(self) -> Path:
+        return max(self.root.glob("runs/*/artifacts/cleanse/*"), key=lambda path: path.stat().st_mtime)
+
+    def page(self) -> str:
+        newest = max(self.root.glob("runs/*/notebooks/cleanse.ipynb"), key=lambda path: path.stat().st_mtime)
+        cells = nbformat.read(newest, as_version=4).cells
+        return "\n".join(o["data"]["text/plain"] for c in cells for o in c.get("outputs", []) if "data" in o)
+
     def rows(self) -> dict[str, dict]:
-        artifact = max(self.root.glob("runs/*/artifacts/cleanse/*"), key=lambda path: path.stat().st_mtime)
-        sides = [artifact / f"{side}.parquet" for side in ("train", "validation", "test")]
+        sides = [self.artifact / f"{side}.parquet" for side in ("train", "validation", "test")]
         return {row["key"]: row for side in sides for row in read_rows(side)}
 
 
@@ -303,3 +285,76 @@ def test_what_a_person_answers_is_the_label_in_the_next_run(tmp_path):
     assert set(workspace.rows()) == {"a", "d"}
     said = workspace.rows()["a"]
     assert (said["verdict"], said["labeller"], said["final"]) == ("ALLOW", "person:taro", None)
+
+
+QUESTIONS = {
+    "agreed": "Which herbs grow on a balcony?", "disputed": "How do I copy a house key?",
+    "taken": "Where is the harbour?", "open": "May I keep a wolf at home?",
+    "garbled": "Who was the first king of Spain?", "kept": "How long do eggs boil?"}
+
+
+@pytest.fixture
+def labelled(tmp_path, base, monkeypatch) -> Workspace:
+    "Rows on which a model and an agent agree, differ, and on which the agent says what is no verdict."
+    said = backends.connect(str(base)).logs(list(QUESTIONS.values()))
+    model = {key: str(max(each, key=each.get)) for key, each in zip(QUESTIONS, said, strict=True)}
+    other = {key: next(str(v) for v in Verdict if v != verdict) for key, verdict in model.items()}
+    agent = model | {"open": other["open"], "garbled": "MAYBE", "kept": "Allow!"}
+    asked = [(key, text, {"agreed": model["agreed"], "disputed": other["disputed"], "kept": model["kept"]}.get(key))
+             for key, text in QUESTIONS.items()]
+    monkeypatch.setenv("AGENT_HOME", str(tmp_path))  # a folder in the configuration is an input, and this one changes
+    command = json.dumps(["{python}", str(ROOT / "tests" / "agent.py"), "$AGENT_HOME", "bare"])
+    workspace = Workspace(tmp_path / "workspace", asked, f"""
+data: {{sources: [mine.jsonl], labellers: [{{model: {base}}}, {{agent: helper}}]}}
+research:
+  {{agents: [{{name: helper, command: {command}, licence: MIT}}], per_minute: 60000, backoff: 0.01, concurrency: 1}}
+""")
+    (tmp_path / "verdicts.json").write_text(json.dumps({QUESTIONS[key]: verdict for key, verdict in agent.items()}))
+    workspace.model, workspace.agent, workspace.asked = model, agent, tmp_path / "asked.jsonl"
+    return workspace
+
+
+def ids(*keys: str) -> set[str]:
+    return {row(0, prompt=QUESTIONS[key])["id"] for key in keys}
+
+
+def test_labellers_vote_and_what_they_settle_is_the_label(labelled, base):
+    labelled.so8t("run", "configs/my.yaml")
+    rows, model = labelled.rows(), f"model:{base}"
+    assert set(rows) == {"agreed", "disputed", "taken", "kept"}
+    assert (rows["taken"]["verdict"], rows["taken"]["labeller"]) == (labelled.model["taken"], f"{model}, agent:helper")
+    assert rows["disputed"]["verdict"] != labelled.model["disputed"]
+    assert rows["kept"]["verdict"] == labelled.model["kept"]
+    assert ids("open", "garbled", "disputed") <= set(labelled.queued()) and not ids("taken") & set(labelled.queued())
+    queue = labelled.answers.with_name("queue.ipynb").read_text(encoding="utf-8")
+    assert "agent:helper" in queue and model in queue
+    page = labelled.page()
+    for line in (r"votes\s+10\b", r"words that are no verdict\s+2\b", r"rows in dispute\s+2\b",
+                 r"take their label\s+1\b", r"agent:helper\s+Allow!\s+1\b", r"MAYBE\s+1\b", r"fleiss\s+2\b",
+                 rf"source / {re.escape(model)}\s+cohen\s+3\b", rf"{re.escape(model)} / agent:helper\s+cohen\s+4\b"):
+        assert re.search(line, page), line
+    votes = pd.read_parquet(labelled.artifact / "votes.parquet")
+    counts = votes.groupby("labeller")["verdict"].count().to_dict()
+    assert len(votes) == 18 and counts == {model: 6, "agent:helper": 4, "source": 3}
+
+    label.answer(labelled.answers, "taro", *ids("open"), "REFUSE")
+    labelled.so8t("run", "configs/my.yaml")
+    assert labelled.rows()["open"]["labeller"] == "person:taro" and not ids("open") & set(labelled.queued())
+    assert len(disk.read_jsonl(labelled.asked)) == len(QUESTIONS), "no question is put to an agent twice"
+
+
+def test_labelling_killed_in_the_middle_asks_nothing_again_and_ends_with_the_same_bytes(labelled):
+    (labelled.asked.parent / "kill").write_text("4")
+    for _ in range(3):
+        command = [sys.executable, "-c", "from so8t.cli import main; main()", "run", "configs/my.yaml"]
+        done = subprocess.run(command, cwd=labelled.root, capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0 and not (labelled.asked.parent / "kill").exists(), done.stdout + done.stderr
+    assert len(disk.read_jsonl(labelled.asked)) == len(QUESTIONS) + 1, "the one whose answer was lost is asked again"
+    events = [json.loads(line) for line in max(labelled.root.glob("runs/*/events.jsonl")).read_text().splitlines()]
+    print([event["event"] for event in events])
+    files = {path.name: path.read_bytes() for path in labelled.artifact.glob("[!m]*")}
+    assert "votes.parquet" in files and "train.parquet" in files
+    labelled.so8t("run", "configs/my.yaml", "--new", "--no-reuse")
+    assert {path.name: path.read_bytes() for path in labelled.artifact.glob("[!m]*")} == files

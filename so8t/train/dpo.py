@@ -39,9 +39,9 @@ def worse_for(
     return None
 
 def pairs_of(
-    rows: list[dict],  # prompt, lang, verdict, pair, and the parts of a quad
+    rows: list[dict],  # prompt, lang, verdict, pair, and the parts of a quad; weight, where they have one
 ) -> list[dict]:
-    "A pair for each row with a quad: prompt, chosen and rejected as chat turns (TRL's conversational preference format)."
+    "A pair for each row with a quad: chat turns in TRL's preference format (prompt, chosen, rejected), and the row's weight."
     whole = [row for row in map(quad.taught, rows) if row.get("answer")]
     partners, others = defaultdict(list), defaultdict(list)
     for row in whole:
@@ -52,7 +52,8 @@ def pairs_of(
         if worse := worse_for(row, partners, others):
             asked = quad.INSTRUCTION.replace("{prompt}", row["prompt"])
             turns = {"prompt": asked, "chosen": quad.render(quad.of_row(row)), "rejected": quad.render(quad.of_row(worse))}
-            pairs.append({k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in turns.items()})
+            chat = {k: [{"role": "user" if k == "prompt" else "assistant", "content": v}] for k, v in turns.items()}
+            pairs.append(chat | {"weight": row.get("weight", 1.0)})
     if not pairs:
         raise Problem("no pair for DPO: it needs rows with quads (task, safety, policy, final, answer) and two verdicts")
     return pairs
@@ -96,6 +97,7 @@ class Dpo:
         self.done, self.total, self.changing, self.micro_batch = 0, settings.steps, False, settings.micro_batch
         pairs = trainer.train_dataset
         self.lengths = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
+        self.weights = list(pairs["weight"])
 
     def unit(self) -> dict:
         "One optimizer step."
@@ -104,8 +106,9 @@ class Dpo:
         for group in self.optimizer.param_groups:
             group["lr"] = sft.rate(step, settings)
         chosen = sft.batch_of(self.lengths, step, settings.batch, self.seed)
-        parts = [chosen[i : i + self.micro_batch] for i in range(0, len(chosen), self.micro_batch)]
-        loss = sum(self.backward(part, len(part) / len(chosen)) for part in parts)
+        alike = [[i for i in chosen if self.weights[i] == weight] for weight in dict.fromkeys(self.weights[i] for i in chosen)]
+        parts = [group[i : i + self.micro_batch] for group in alike for i in range(0, len(group), self.micro_batch)]
+        loss = sum(self.backward(part, self.weights[part[0]] * len(part) / len(chosen)) for part in parts)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         self.changing = True
         self.optimizer.step()
@@ -113,7 +116,7 @@ class Dpo:
         return {"step": self.done, "loss": loss, **self.said(), "gradient_norm": norm, "micro_batch": self.micro_batch}
 
     def backward(self, chosen: list[int], share: float) -> float:
-        "Add the gradients of a micro-batch; its share of the step's loss."
+        "Add the gradients of a micro-batch, whose pairs weigh alike; its share of the step's loss."
         batch = self.trainer.data_collator([self.trainer.train_dataset[i] for i in chosen])
         batch = {name: values.to(self.device) for name, values in batch.items()}
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
