@@ -1,5 +1,6 @@
 "Labels: votes over random rows, agreement against textbook values, and the queue run by real papermill."
 
+import io
 import json
 import re
 import shutil
@@ -261,10 +262,12 @@ class Workspace:
     def artifact(self) -> Path:
         return max(self.root.glob("runs/*/artifacts/cleanse/*"), key=lambda path: path.stat().st_mtime)
 
-    def page(self) -> str:
+    def tables(self) -> list[pd.DataFrame]:
+        "The tables that the page of the newest run shows."
         newest = max(self.root.glob("runs/*/notebooks/cleanse.ipynb"), key=lambda path: path.stat().st_mtime)
         cells = nbformat.read(newest, as_version=4).cells
-        return "\n".join(o["data"]["text/plain"] for c in cells for o in c.get("outputs", []) if "data" in o)
+        shown = [o["data"].get("text/html", "") for c in cells for o in c.get("outputs", []) if "data" in o]
+        return [pd.read_html(io.StringIO(html))[0] for html in shown if "<table" in html]
 
     def rows(self) -> dict[str, dict]:
         sides = [self.artifact / f"{side}.parquet" for side in ("train", "validation", "test")]
@@ -328,11 +331,14 @@ def test_labellers_vote_and_what_they_settle_is_the_label(labelled, base):
     assert ids("open", "garbled", "disputed") <= set(labelled.queued()) and not ids("taken") & set(labelled.queued())
     queue = labelled.answers.with_name("queue.ipynb").read_text(encoding="utf-8")
     assert "agent:helper" in queue and model in queue
-    page = labelled.page()
-    for line in (r"votes\s+10\b", r"words that are no verdict\s+2\b", r"rows in dispute\s+2\b",
-                 r"take their label\s+1\b", r"agent:helper\s+Allow!\s+1\b", r"MAYBE\s+1\b", r"fleiss\s+2\b",
-                 rf"source / {re.escape(model)}\s+cohen\s+3\b", rf"{re.escape(model)} / agent:helper\s+cohen\s+4\b"):
-        assert re.search(line, page), line
+    counts, kappas, strange = labelled.tables()[1:4]
+    assert dict(counts.values) == {"votes": 10, "words that are no verdict": 2, "rows in dispute": 2,
+                                   "rows that take their label": 1}
+    names = ["source", model, "agent:helper"]
+    assert dict(kappas[["labellers", "rows"]].values) == {
+        " / ".join(names): 2, " / ".join(names[:2]): 3, " / ".join(names[::2]): 2, " / ".join(names[1:]): 4}
+    assert kappas[["kappa", "low", "high"]].notna().all(axis=None)
+    assert {"Allow!", "MAYBE"} <= set(strange.astype(str).values.ravel())
     votes = pd.read_parquet(labelled.artifact / "votes.parquet")
     counts = votes.groupby("labeller")["verdict"].count().to_dict()
     assert len(votes) == 18 and counts == {model: 6, "agent:helper": 4, "source": 3}

@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -301,19 +300,19 @@ class Pace:
         if self.stopped.wait(max(0, wait)):
             raise Problem("stopped")
 
-# %% ../../nbs/data/agents.ipynb #f99c62f7
+# %% ../../nbs/data/agents.ipynb #246d6d0f
 def once(
     agent: Agent,
     prompt: str,
     timeout: float,  # s
-    stopped: threading.Event | None,  # set: give up; None: on another machine, where nobody can
+    stopped: threading.Event,  # set: give up
     shape: type[BaseModel] = Answer,  # what it is asked for
 ) -> Reply:
     "One attempt; its cost by the prices, where the agent does not say it."
     if agent.url:
         reply = call_endpoint(agent, prompt, timeout, shape)
     else:
-        reply = call_command(agent, prompt, timeout, stopped or threading.Event(), shape)
+        reply = call_command(agent, prompt, timeout, stopped, shape)
     if reply.usd is None and agent.prices and None not in (reply.read, reply.written):
         reply.usd = (reply.read * agent.prices[0] + reply.written * agent.prices[1]) / 1e6
     return reply
@@ -329,18 +328,14 @@ class Desk:
         cache: Path,  # folder of all answers
         stopped: threading.Event,  # set: give up
         shape: type[BaseModel] = Answer,  # what it is asked for
-        each: Callable = map,  # makes an attempt here or elsewhere
     ):
         self.agent, self.how, self.folder, self.pace = agent, how, cache / agent.name, Pace(how.per_minute, stopped)
-        self.each = each
-        told = stopped if each is map else None
-        self.once = partial(once, agent, timeout=how.timeout, stopped=told, shape=shape)
+        self.shape = shape
 
     def attempt(self, prompt: str) -> Reply:
         "One attempt, when it is its turn."
         self.pace.turn()
-        [reply] = self.each(self.once, [prompt])
-        return reply
+        return once(self.agent, prompt, self.how.timeout, self.pace.stopped, self.shape)
 
     def ask(self, prompt: str) -> dict:
         "The reply, from the cache where it is there, with the day on which it was given."
@@ -428,11 +423,10 @@ def ask_all(
     cache: Path,  # folder of all answers
     shape: type[BaseModel] = Answer,  # what they are asked for
     progress: Callable = lambda done, total: None,
-    each: Callable = map,  # makes an attempt here or elsewhere
 ) -> list[dict | Fault]:
     "The reply to each prompt; what was asked before is not asked again."
     stopped, failed, replies = threading.Event(), Counter(), {}
-    desks = [Desk(agent, how, cache, stopped, shape, each) for agent in agents]
+    desks = [Desk(agent, how, cache, stopped, shape) for agent in agents]
     pool = ThreadPoolExecutor(how.concurrency, "agent")
     try:
         open_ = {pool.submit(desks[i % len(desks)].ask, prompt): i for i, prompt in enumerate(prompts)}
@@ -458,10 +452,9 @@ def harvest(
     cache: Path,  # folder of all answers
     check: Callable,  # given a row; raises a Problem
     progress: Callable = lambda done, total: None,
-    each: Callable = map,  # makes an attempt here or elsewhere
 ) -> Harvest:
     "Ask everything that was not asked before; rows are in the order of the questions."
-    found, replies = Harvest(), ask_all([prompt_for(q) for q in asked], agents, how, cache, Answer, progress, each)
+    found, replies = Harvest(), ask_all([prompt_for(q) for q in asked], agents, how, cache, Answer, progress)
     for i, (q, reply) in enumerate(zip(asked, replies, strict=True)):
         found.take(q, agents[i % len(agents)], reply, check)
     if not found.rows:
@@ -479,7 +472,8 @@ def words(
     replies = ask_all([label_for(prompt) for prompt in prompts], [agent], how, cache, Word)
     texts = [f"no answer: {reply}" if isinstance(reply, Fault) else reply["text"].strip() for reply in replies]
     read = [loads(text[text.find("{") : text.rfind("}") + 1]) for text in texts]
-    return [str(said["verdict"]) if isinstance(said, dict) and "verdict" in said else text[:80] for said, text in zip(read, texts, strict=True)]
+    found = [said.get("verdict") if isinstance(said, dict) else None for said in read]
+    return [str(word) if word else text[:80] for word, text in zip(found, texts, strict=True)]
 
 # %% ../../nbs/data/agents.ipynb #c00b9f76
 def own():
