@@ -135,7 +135,7 @@ Prompts with one of four verdicts: ALLOW, ESCALATION, DENY or REFUSE. {left:,} r
 
 Texts in benchmarks, by benchmark: {benchmarks}. Personal data masked, by kind: {masked}.
 
-Rows of one group are on one side, by a hash of the group; `weight` makes up for rare classes: SFT multiplies a row's loss by
+Rows of one group are on one side, by a hash of the group; `weight` makes up for rare classes: SFT and DPO multiply its loss by
 it. See stats.json for all counts, removed.parquet for each row that went, suspects.jsonl for labels that a person should look at.
 
     datasets.load_dataset("path/of/this/folder")
