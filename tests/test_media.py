@@ -9,10 +9,12 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from fontTools.ttLib import TTFont
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,12 @@ from sklearn.linear_model import LogisticRegression
 
 from so8t.data import media
 from so8t.data.verdict import Verdict
-from so8t.flow.config import Media
+from so8t.flow import disk
+from so8t.flow.config import Gate, Lora, Media, Ppo, Senses
+from so8t.model import adapter, burnin, senses
+from so8t.train import ppo, units
+from so8t.train import senses as sensing
+from so8t.train.checkpoint import Checkpointer
 
 LIMITS = Media(max_bytes=2_000_000, max_pixels=1_000_000, max_seconds=5)
 SCENE = media.render("Please fold a paper crane.", "ALLOW", "sign", random.Random(0))
@@ -252,3 +259,77 @@ def test_the_whole_set_of_sounds(tmp_path):
     rows = list(media.demo_sounds(200, 0, tmp_path))
     assert len({row["id"] for row in rows}) == 200
     assert {why for _, why in media.screen(rows, tmp_path, Media())} == {None}
+
+
+MIXED = Ppo(iterations=2, rollouts=4, chunk=2, minibatch=2, micro_batch=1, epochs=1, max_new_tokens=12, learning_rate=1e-3)
+TEXTS = [{"lang": "en", "prompt": f"Say <{mark}> {i}", "verdict": "ALLOW", "answer": "So."}
+         for i, mark in enumerate(("image", "audio", "image", "audio"))]
+
+
+@pytest.fixture(scope="module", params=["image", "audio"])
+def perceiving(request, base, tmp_path_factory):
+    "A folder with a small model that sees or hears, an adapter of its own, and rows with and without a medium."
+    folder, torch_threads = tmp_path_factory.mktemp("perceiving"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    small = Senses(kind=request.param, hidden=16, layers=1, heads=2, pixels=24, patch=12, mels=16, seconds=1)
+    senses.save(*senses.BUILDERS[request.param](base, small), folder / "base")
+    wrapped = sensing.to_judge(adapter.load_base(folder / "base"), Lora(rank=2), Gate(), 0)
+    with torch.no_grad():
+        for p in adapter.trained(wrapped).values():
+            p.add_(0.05 * torch.randn_like(p))
+    adapter.save(wrapped, folder / "adapter")
+    yield folder, list({"image": media.demo_images, "audio": media.demo_sounds}[request.param](4, 0, folder)) + TEXTS
+    torch.set_num_threads(torch_threads)
+
+
+def mixed(perceiving) -> ppo.Ppo:
+    folder, rows = perceiving
+    look = partial(senses.features_of, folder=folder)
+    return ppo.Ppo(ppo.Policy(folder / "base", folder / "adapter", MIXED, "cpu", look=look), rows, 0)
+
+
+def ends(perceiving, place, stops=()):
+    "What PPO on mixed rows ends with, taken up again after each stop."
+    for stop in (*stops, None):
+        work = mixed(perceiving)
+        work.total = stop or work.total
+        units.run(work, Checkpointer(place, {"base": "tiny"}), place / "ppo.jsonl")
+    final = place / f"{work.total:08d}-final"
+    return {name: (final / name).read_bytes() for name in ("tensors.safetensors", "state.json")}, disk.read_jsonl(place / "ppo.jsonl")
+
+
+def test_ppo_on_mixed_rows_goes_on_to_the_bit(perceiving, tmp_path):
+    whole, told = ends(perceiving, tmp_path / "whole")
+    again, retold = ends(perceiving, tmp_path / "again", stops=(1, 3, 5))
+    assert [row["phase"] for row in told].count("rollout") == 4 and retold == told
+    assert again["tensors.safetensors"] == whole["tensors.safetensors"]
+
+
+def test_a_row_with_a_medium_is_judged_by_it_and_a_text_is_not(perceiving):
+    work, (_, rows) = mixed(perceiving), perceiving
+    rolled, _ = ppo.sample(work.policy, [rows[0], rows[4], rows[1]])
+    assert rolled["medium"].tolist() == [True, False, True]
+    mark = adapter.mark_of(work.model)
+    assert (rolled["question"] == mark).any(1).tolist() == [True, False, True]
+    assert not (rolled["answer"] == mark).any()
+    looks = ("pixel_values", "input_features")
+    blank = {name: torch.zeros_like(t) if name in looks else t for name, t in rolled.items()}
+    with torch.no_grad():
+        moved = (work.policy.judged(rolled)[0] - work.policy.judged(blank)[0]).abs().max(1).values
+        alone = [work.policy.judged({name: t[i : i + 1] for name, t in rolled.items()})[0] for i in range(3)]
+    assert moved[0] > 1e-3 and moved[1] == 0 and moved[2] > 1e-3
+    assert torch.allclose(torch.cat(alone), rolled["logs"], atol=0.05)
+
+
+def test_the_text_part_of_a_burned_in_model_is_that_model_on_text(perceiving, base, tmp_path):
+    folder, rows = perceiving
+    prompts = [row["prompt"] for row in rows if row["prompt"].isascii()]
+    burnin.merge(folder / "base", folder / "adapter", tmp_path / "senses", prompts)
+    said = burnin.text_part(tmp_path / "senses", base, tmp_path / "text", prompts)
+    text, whole = adapter.load_base(tmp_path / "text"), adapter.load_base(tmp_path / "senses")
+    assert type(text).__name__ == said["class"] == "Phi3ForCausalLM"
+    ids, size = torch.randint(3, 300, (2, 9)), adapter.load_base(base).config.vocab_size
+    assert text(ids).logits.shape[-1] == size
+    assert torch.equal(text(ids).logits, whole(ids).logits[..., :size])
+    assert not torch.allclose(text(ids).logits, adapter.load_base(base)(ids).logits, atol=1e-3)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HALVES', 'SIFT', 'percent', 'chip', 'table', 'tile', 'gain', 'rate', 'answer', 'attempts', 'run_tiles', 'stage_lines',
-           'source_lines', 'halves', 'resumed', 'sifted', 'example_lines', 'sentences', 'lines', 'calibration_lines',
-           'file_lines']
+           'source_lines', 'halves', 'resumed', 'sifted', 'example_lines', 'sentences', 'lines', 'medium_row',
+           'calibration_lines', 'file_lines']
 
 # %% ../../nbs/eval/report.ipynb #80024692
 from datetime import datetime
@@ -204,6 +204,16 @@ def lines(
     "The rows as a table."
     return table(list(rows[0]), [[escape(str(value)) for value in row.values()] for row in rows]) if rows else HTML("")
 
+
+def medium_row(
+    name: str,  # of the model
+    found: dict,  # from eval.medium.gain
+) -> dict:
+    "How often it is right with what there is to see or hear, and without."
+    gain, alone = found["gain"], found["mcnemar"]
+    return {"model": name, "questions": found["rows"], "without": percent(found["right"]["blank"]),
+            "with": percent(found["right"]["perceived"]), "p (McNemar)": f"{alone['p']:.2g}",
+            "difference": f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f} points"}
 
 def calibration_lines(
     calibrations: list[dict],  # from scores.json

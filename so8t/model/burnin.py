@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BESIDES', 'fold', 'plain', 'burn_in', 'logits', 'largest_gap', 'check_merge', 'sample_prompts', 'copy_besides',
-           'merge']
+           'merge', 'text_part']
 
 # %% ../../nbs/model/burnin.ipynb #331eb4c1
 import shutil
@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as chatter
 
 from ..flow.problem import Problem
@@ -143,3 +143,26 @@ def merge(
     rounded = largest_gap(logits(saved, AutoTokenizer.from_pretrained(out_folder), prompts), expected)
     return {"class": type(merged).__name__, "dtype": str(dtype).removeprefix("torch."), "prompts": len(prompts),
             "largest_logit": largest, "merge_error": error, "rounding_error": rounded}
+
+# %% ../../nbs/model/burnin.ipynb #0bf8fb9b
+@torch.no_grad()
+def text_part(
+    folder: Path,  # HF folder of a model that sees or hears
+    base_folder: Path,  # HF folder of the text model that it was made from
+    out_folder: Path,  # gets a plain HF folder of the text model's class
+    prompts: list[str],  # real ones, to compare the models with
+) -> dict:
+    "Save the text model in it, and report how exact that was, as `merge` does."
+    whole, config = adapter.load_base(folder), AutoConfig.from_pretrained(base_folder)
+    tokenizer, dtype = AutoTokenizer.from_pretrained(base_folder), config.dtype or torch.float32
+    expected = [each[:, : config.vocab_size] for each in logits(whole, tokenizer, prompts)]
+    whole.resize_token_embeddings(config.vocab_size)
+    text = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    getattr(text, text.base_model_prefix).load_state_dict(whole.model.language_model.state_dict())
+    text.get_output_embeddings().load_state_dict(whole.lm_head.state_dict())
+    error, largest = largest_gap(logits(text, tokenizer, prompts), expected), max(each.abs().max().item() for each in expected)
+    check_merge(error, largest)
+    text.to(dtype).save_pretrained(out_folder)
+    copy_besides(base_folder, out_folder)
+    return {"class": type(text).__name__, "dtype": str(dtype).removeprefix("torch."), "prompts": len(prompts),
+            "largest_logit": largest, "merge_error": error, "rounding_error": error}

@@ -104,17 +104,21 @@ class Gguf:
             told(text)
         return text
 
-# %% ../../nbs/serve/backend.ipynb #4120bd67
+# %% ../../nbs/serve/backend.ipynb #1573d67a
 def base_of(
     artifact: Path,  # of sft or ppo, in its run
 ) -> Path:
-    "The base model that an adapter was trained on."
-    wanted = disk.read_manifest(artifact)["parts"]["inputs"]["base"]
-    places = artifact.absolute().parents[3].glob(f"*/artifacts/base/*/{disk.MANIFEST}")
+    "The base model that an adapter was trained on: that of stage senses, or of stage base."
+    if (artifact / "base").is_dir():
+        return artifact / "base"
+    inputs = disk.read_manifest(artifact)["parts"]["inputs"]
+    stage = "senses" if "senses" in inputs else "base"
+    wanted = inputs[stage]
+    places = artifact.absolute().parents[3].glob(f"*/artifacts/{stage}/*/{disk.MANIFEST}")
     found = next((p.parent for p in places if disk.read_manifest(p.parent)["digest"] == wanted), None)
     if not found:
         raise Problem(f"{artifact}: the base model that it was trained on is in no run beside it")
-    return found
+    return found / "base" if stage == "senses" else found
 
 def load(
     path: Path,  # a .gguf file, a model folder, or an artifact of integrate, sft or ppo

@@ -69,12 +69,13 @@ def metadata(
     config = disk.read_json(inputs["integrate"] / final / "config.json")
     shape = {key: config[key] for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size") if key in config}
     files = {name: file for name, file in manifests["integrate"]["files"].items()
-             if name.startswith(f"{final}/") or name.endswith(".gguf")}
+             if name.startswith((f"{final}/", "senses/")) or name.endswith(".gguf")}
     return {
         "format": 1, "so8t": packages.version("so8t"), "session": session, "name": f"{public(base['name'])}-so8t", "model": final,
         "base": base | {"name": public(base["name"]), "source": public(base["source"])},
         "architecture": {"class": config["architectures"][0], "context": longest_context(inputs["integrate"] / final)} | shape,
-        "features": {"verdicts": 4, "quad": True, "burned_in": parity["merge"][final]} | adapter,
+        "features": {"verdicts": 4, "quad": True, "burned_in": parity["merge"][final],
+                     "senses": parity["merge"].get("senses", {}).get("class")} | adapter,
         "training": training,
         "data": learned(inputs),
         "digests": {stage: manifest["digest"] for stage, manifest in manifests.items()},
@@ -161,10 +162,12 @@ def card(
     rows = [[d["source"], d["rows"], d["licence"], d["notice"] or ""] for d in found["data"]]
     made = "; ".join(f"{stage}: " + ", ".join(f"{k} {v}" for k, v in used.get(f"training.{stage}", {}).items()
                                               if not isinstance(v, (dict, list))) for stage, used in training.items())
+    seeing = found["features"]["senses"]
+    senses = f" The folder `senses` holds the whole model, a {seeing} with eyes or ears, whose text part this is." if seeing else ""
     body = f"""# {found['name']}
 
 Reads a request and gives one of four verdicts: ALLOW, ESCALATION, DENY or REFUSE. Made from {base['name']} ({base['source']}, revision
-`{base['revision']}`) by so8t {found['so8t']}, session `{found['session']}`; this is model {found['model']} of that session.
+`{base['revision']}`) by so8t {found['so8t']}, session `{found['session']}`; this is model {found['model']} of that session.{senses}
 
 ## Evaluation
 

@@ -66,7 +66,7 @@ def pack(
     if damage := disk.verify(integrate):
         raise Problem(f"{integrate}: does not verify ({damage[0]}), so nothing is uploaded; so8t run makes it again")
     for name in found["files"]:
-        source = integrate / name if name.endswith(".gguf") else integrate / found["model"] / name
+        source = integrate / name if name.endswith(".gguf") or name.startswith("senses/") else integrate / found["model"] / name
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source, folder / name)
