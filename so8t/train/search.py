@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MANY', 'ENDED', 'QUEUE', 'searchable', 'is_whole', 'options', 'every', 'refuse_unknown', 'refuse_values', 'check',
            'suggest', 'group_of', 'hold_out', 'undisturbed', 'validate', 'marks', 'Part', 'connect', 'open_study',
-           'ended', 'recover', 'first_trials', 'sampler', 'table', 'best', 'importance', 'forget', 'alone', 'Objective',
-           'run']
+           'ended', 'recover', 'first_trials', 'sampler', 'beside', 'table', 'best', 'importance', 'forget', 'alone',
+           'Objective', 'retold', 'run']
 
-# %% ../../nbs/train/search.ipynb #4bebe334
+# %% ../../nbs/train/search.ipynb #47f9a264
 import hashlib
 import math
 import random
@@ -16,6 +16,7 @@ import sqlite3
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import copy
 from itertools import islice, product
 from pathlib import Path
 
@@ -198,9 +199,9 @@ class Part:
     def __getattr__(self, name: str):
         return getattr(self.work, name)
 
-# %% ../../nbs/train/search.ipynb #06d1d7e7
+# %% ../../nbs/train/search.ipynb #67299a4f
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
-QUEUE = RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)
+QUEUE = RetryHeartbeatStaleTrialCallback()
 
 def connect(
     file: Path,
@@ -262,6 +263,18 @@ def sampler(
     kind = TPESampler if search.trials < 25 else GPSampler
     return kind(seed=seed, n_startup_trials=first_trials(search))
 
+# %% ../../nbs/train/search.ipynb #f3be8928
+def beside(
+    search: Search,
+    earlier: list[FrozenTrial],  # that had ended when its round began
+    number: int,  # of the trial, from 0
+) -> optuna.Trial:
+    "A trial in a study of its own."
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=first_trials(search))
+    study = optuna.create_study(sampler=sampler(search, number), pruner=pruner)
+    study.add_trials(earlier)
+    return study.ask()
+
 # %% ../../nbs/train/search.ipynb #bcecdbd2
 def table(
     study: optuna.Study,
@@ -317,9 +330,9 @@ def alone(
     finally:
         lock.release()
 
-# %% ../../nbs/train/search.ipynb #219c7a56
+# %% ../../nbs/train/search.ipynb #b49b0cd7
 class Objective:
-    "What optuna minimises: one training, validated now and then."
+    "What is minimised: one training, validated now and then."
 
     def __init__(
         self,
@@ -335,23 +348,37 @@ class Objective:
         self.search, self.settings = search, settings.model_copy(update={"steps": search.steps})
         self.make, self.rows, self.folder, self.saver, self.progress = make, rows, folder, saver, progress
 
-    def __call__(self, trial: optuna.Trial) -> float:
-        known, number = searchable(self.settings), len(ended(trial.study))
-        values = {span.key: suggest(trial, span, known[span.key]) for span in self.search.over}
-        reports = dict(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        work = None
+    def values(self, trial: optuna.Trial) -> dict:
+        "What is proposed in a trial."
+        known = searchable(self.settings)
+        return {span.key: suggest(trial, span, known[span.key]) for span in self.search.over}
+
+    def outcome(self, part: tuple) -> tuple[dict[int, float], bool]:
+        "Of a trial (number, values, earlier ones): validations by step, and whether it was pruned or came to no number."
+        number, values, earlier = part
+        file, trial, work = self.place(number) / "reports.jsonl", beside(self.search, earlier, number), None
+        reports = {row["step"]: row["value"] for row in (disk.read_jsonl(file) if file.exists() else [])}
         for step in marks(self.search.steps, self.search.reports):
             if step not in reports:
                 work = work or self.make(applied(self.settings, values))
                 self.train(work, step, number, values)
-                reports[step] = self.reported(trial, work)
+                value = validate(work, self.rows)
+                if not math.isfinite(value):
+                    return reports, True
+                disk.append_jsonl(file, {"step": step, "value": value})
+                reports[step] = value
+            trial.report(reports[step], step)
             if step < self.search.steps and trial.should_prune():
-                raise TrialPruned
-        return reports[step]
+                return reports, True
+        return reports, False
+
+    def place(self, number: int) -> Path:
+        "The folder of a trial."
+        return self.folder / f"trial-{number:03d}"
 
     def train(self, work, step: int, number: int, values: dict):
         "Go on from the trial's newest checkpoint to a step."
-        place, total = self.folder / f"trial-{number:03d}", self.search.trials * self.search.steps
+        place, total = self.place(number), self.search.trials * self.search.steps
 
         def told(done, _, note):
             self.progress(number * self.search.steps + done, total, f"trial {number + 1}: {note}")
@@ -359,27 +386,42 @@ class Objective:
         disk.make_folder(place)
         units.run(Part(work, step), self.saver(place, values), place / "metrics.jsonl", told)
 
-    def reported(self, trial: optuna.Trial, work) -> float:
-        "The validation, told to the study; a training that came to no number is at its end."
-        value = validate(work, self.rows)
-        if not math.isfinite(value):
-            raise TrialPruned
-        trial.report(value, work.done)
-        return value
+# %% ../../nbs/train/search.ipynb #f19803d6
+def retold(
+    trial: optuna.Trial,  # of the study
+    objective: Objective,
+    reports: dict[int, float],
+    pruned: bool,
+) -> float:
+    "The last report, after the study was told what came of a trial."
+    objective.values(trial)
+    for step, value in reports.items():
+        trial.report(value, step)
+    if pruned:
+        raise TrialPruned
+    return value
 
-# %% ../../nbs/train/search.ipynb #ceb76427
 def run(
     objective: Objective,
     identity: dict[str, str],  # what the search is of
+    each: Callable = map,  # does every trial of a round, here or elsewhere
 ) -> optuna.Study:
     "Run the trials that are left; the study. Raises KeyboardInterrupt when asked to stop."
-    search, folder = objective.search, objective.folder
-    with alone(folder):
-        study = open_study(folder / "study.db", identity)
-        study.pruner = optuna.pruners.MedianPruner(n_startup_trials=first_trials(search))
+    search, work = objective.search, copy(objective)
+    if each is not map:
+        work.progress = lambda done, total, note: None
+    with alone(objective.folder):
+        study = open_study(objective.folder / "study.db", identity)
         recover(study)
-        while (number := len(ended(study))) < search.trials:
-            study.sampler = sampler(search, number)
-            study.optimize(objective, n_trials=1, gc_after_trial=True)
-            forget(folder / f"trial-{number:03d}")
+        while (first := len(ended(study))) < search.trials:
+            earlier = ended(study)[: first - first % search.at_once]
+            numbers = range(first, min(len(earlier) + search.at_once, search.trials))
+            values = [objective.values(beside(search, earlier, number)) for number in numbers]
+            outcomes = each(work.outcome, [(n, v, earlier) for n, v in zip(numbers, values, strict=True)])
+            for number, proposed in zip(numbers, values, strict=True):
+                if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                    study.enqueue_trial(proposed)
+                study.optimize(lambda trial: retold(trial, objective, *next(outcomes)), n_trials=1, gc_after_trial=True)  # noqa: B023
+                objective.progress((number + 1) * search.steps, search.trials * search.steps, f"trial {number + 1} ended")
+                forget(objective.place(number))
     return study
