@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'Slice', 'Stage', 'versions', 'open_stage', 'runner_scene', 'notebook_scene', 'stage_of']
 
-# %% ../../nbs/flow/stage.ipynb #55e7c4bc
+# %% ../../nbs/flow/stage.ipynb #16ad6630
 import hashlib
 import json
 import logging
@@ -14,8 +14,11 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import reduce
 from importlib import metadata
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from . import config as configs
 from . import disk, executor, guard, plan, recovery, session
@@ -67,66 +70,72 @@ class Stage:
         reads = f", reads {', '.join(self.inputs)}" if self.inputs else ""
         return f"stage {self.name} of run {self.run.id} ({done}{reads})"
 
-    def how(
-        self,
-        section: str,  # dotted name, such as training.checkpoint
-    ):
-        "A section that says how the stage works and cannot change what comes of it; it is not in the fingerprint."
-        value = self.scene.config
-        for name in section.split("."):
-            value = getattr(value, name)
-        return value
+# %% ../../nbs/flow/stage.ipynb #bcaee340
+@patch
+def how(
+    self: Stage,
+    section: str,  # dotted name, such as training.checkpoint
+):
+    "A section that says how the stage works and cannot change what comes of it; it is not in the fingerprint."
+    return reduce(getattr, section.split("."), self.scene.config)
 
-    def each(
-        self,
-        cores: int = 1,  # that a part uses
-        gpus: int = 0,  # that a part uses
-    ) -> Callable:
-        "`map`, or the same on a Ray cluster, as `resources.executor` says; it cannot change what comes of it."
-        return executor.mapper(self.how("resources"), cores, gpus)
+@patch
+def each(
+    self: Stage,
+    cores: int = 1,  # that a part uses
+    gpus: int = 0,  # that a part uses
+) -> Callable:
+    "`map`, or the same on a Ray cluster, as `resources.executor` says; it cannot change what comes of it."
+    return executor.mapper(self.how("resources"), cores, gpus)
 
-    def identity(self) -> dict[str, str]:
-        "What a checkpoint of this stage belongs to: its inputs and its settings, as digests."
-        settings = json.dumps(self.step.parts["config"], sort_keys=True)
-        return {**self.step.parts["inputs"], "settings": hashlib.sha256(settings.encode()).hexdigest()}
+@patch
+def identity(self: Stage) -> dict[str, str]:
+    "What a checkpoint of this stage belongs to: its inputs and its settings, as digests."
+    settings = json.dumps(self.step.parts["config"], sort_keys=True)
+    return {**self.step.parts["inputs"], "settings": hashlib.sha256(settings.encode()).hexdigest()}
 
-    def progress(
-        self,
-        done: float,  # how much of the work is done
-        total: float,  # of how much
-        note: str = "",  # such as the loss
-    ):
-        "Say how far it is, at most once a second."
-        if done < total and time.monotonic() - self.last_progress < 1:
-            return
-        self.last_progress = time.monotonic()
-        row = {"stage": self.name, "done": done, "total": total, "note": note, "time": session.now()}
-        disk.write_json(self.run_dir / "progress.json", row)
+@patch
+def progress(
+    self: Stage,
+    done: float,  # how much of the work is done
+    total: float,  # of how much
+    note: str = "",  # such as the loss
+):
+    "Say how far it is, at most once a second."
+    if done < total and time.monotonic() - self.last_progress < 1:
+        return
+    self.last_progress = time.monotonic()
+    row = {"stage": self.name, "done": done, "total": total, "note": note, "time": session.now()}
+    disk.write_json(self.run_dir / "progress.json", row)
 
-    @contextmanager
-    def publish(
-        self,
-        **summary,  # a few numbers and words for the manifest (JSON)
-    ):
-        "Yields a folder to write into; at the end it is the stage's artifact, whole or not at all."
-        folder = session.place(self.run, self.name, self.step.fingerprint)
-        info = {"stage": self.name, "run": self.run.id, "fingerprint": self.step.fingerprint,
-                "parts": self.step.parts, "versions": versions(), "summary": summary}
-        if (self.checkpoints / disk.BALANCE).exists():
-            info["adjusted"] = recovery.asked(self.checkpoints)
-        with disk.publish(folder, **info) as staging:
-            yield staging
-        self.step.artifact = folder
-        if self.lock:
-            self.lock.release()
+# %% ../../nbs/flow/stage.ipynb #3df4fd2f
+@patch
+@contextmanager
+def publish(
+    self: Stage,
+    **summary,  # a few numbers and words for the manifest (JSON)
+):
+    "Yields a folder to write into; at the end it is the stage's artifact, whole or not at all."
+    folder = session.place(self.run, self.name, self.step.fingerprint)
+    info = {"stage": self.name, "run": self.run.id, "fingerprint": self.step.fingerprint,
+            "parts": self.step.parts, "versions": versions(), "summary": summary}
+    if (self.checkpoints / disk.BALANCE).exists():
+        info["adjusted"] = recovery.asked(self.checkpoints)
+    with disk.publish(folder, **info) as staging:
+        yield staging
+    self.step.artifact = folder
+    if self.lock:
+        self.lock.release()
 
-    def history(self) -> list[dict]:
-        "The events of the run."
-        return session.events(self.run)
+@patch
+def history(self: Stage) -> list[dict]:
+    "The events of the run."
+    return session.events(self.run)
 
-    def artifacts(self) -> dict[str, Path]:
-        "The artifact folder of each finished stage of the run, in order."
-        return {s.stage: s.artifact for s in plan.plan(self.scene) if s.artifact}
+@patch
+def artifacts(self: Stage) -> dict[str, Path]:
+    "The artifact folder of each finished stage of the run, in order."
+    return {s.stage: s.artifact for s in plan.plan(self.scene) if s.artifact}
 
 # %% ../../nbs/flow/stage.ipynb #9e54b48a
 PACKAGES = ("so8t", "torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "xllamacpp")

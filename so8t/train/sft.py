@@ -6,13 +6,14 @@
 __all__ = ['IGNORED', 'applied', 'with_best', 'example', 'examples_of', 'collate', 'batch_of', 'rate', 'Training', 'describe',
            'summary']
 
-# %% ../../nbs/train/sft.ipynb #d5eba257
+# %% ../../nbs/train/sft.ipynb #590b8df9
 import random
 from functools import reduce
 from math import ceil
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -22,7 +23,8 @@ from ..flow.config import Sft
 from ..model import adapter, gate, quad
 from ..model.device import fast_bfloat16
 from ..model.judge import encode, end_mark, pad, question
-from .checkpoint import rng_state, seed_everything, set_rng_state
+from . import units
+from .checkpoint import seed_everything
 
 logging.disable_progress_bar()
 
@@ -112,8 +114,8 @@ def rate(
         return sft.learning_rate * (step + 1) / rise
     return sft.learning_rate * (1 - 0.9 * (step - rise) / max(1, sft.steps - rise))
 
-# %% ../../nbs/train/sft.ipynb #2b690493
-class Training:
+# %% ../../nbs/train/sft.ipynb #ed9506b6
+class Training(units.Stepper):
     "A Trainable (see train.units): gates and LoRA on the rows' verdicts and quads."
 
     def __init__(
@@ -130,75 +132,69 @@ class Training:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.examples = examples_of(self.tokenizer, rows, sft)
         steps = sft.steps or ceil(sft.epochs * len(self.examples) / sft.batch)
-        self.done, self.total, self.changing, self.micro_batch = 0, steps, False, sft.micro_batch
         self.sft, self.device, self.seed = sft.model_copy(update={"steps": steps}), device, seed
         self.model = adapter.wrap(adapter.load_base(base, dtype, quantization, device), sft.lora, sft.gate).train()
         if sft.gradient_checkpointing:
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.trained = adapter.trained(self.model)
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=sft.learning_rate, weight_decay=sft.weight_decay)
         self.autocast = fast_bfloat16(device)
+        super().__init__(adapter.trained(self.model), sft.learning_rate, steps, sft.micro_batch, sft.weight_decay)
 
-    def unit(self) -> dict:
-        "One optimizer step."
-        sft, step = self.sft, self.done
-        self.prepare(step)
-        chosen = batch_of([len(tokens) for tokens, _, _ in self.examples], step, sft.batch, self.seed)
-        loss = self.learn(chosen, sum(self.examples[i][1] for i in chosen), len(chosen))
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
-        self.changing = True
-        self.optimizer.step()
-        self.done, self.changing = step + 1, False
-        tokens = sum(len(self.examples[i][0]) for i in chosen)
-        return {"step": self.done, "loss": loss, "learning_rate": rate(step, sft), "gradient_norm": norm, "tokens": tokens,
-                "micro_batch": self.micro_batch}
+# %% ../../nbs/train/sft.ipynb #c3bb2792
+@patch
+def prepare(
+    self: Training,
+    step: int,  # from 0
+):
+    "Learning rate and gate strength of a step; no gradients."
+    self.optimizer.zero_grad()
+    for group in self.optimizer.param_groups:
+        group["lr"] = rate(step, self.sft)
+    if self.sft.gate.start != self.sft.gate.end:
+        gate.set_alpha(self.model, gate.alpha_at(step, self.total, self.sft.gate))
 
-    def learn(self, chosen: list[int], answers: int, rows: int) -> float:
-        "Add the gradients of rows of a batch, which has so many answer tokens and rows; their share of its loss."
-        parts = [chosen[i : i + self.micro_batch] for i in range(0, len(chosen), self.micro_batch)]
-        return sum(self.backward([self.examples[i] for i in part], answers, len(part) / rows) for part in parts)
+@patch
+def backward(
+    self: Training,
+    examples: list,  # of a micro-batch
+    answers: int,  # answer tokens in the whole batch
+    share: float,  # of the batch's rows
+) -> float:
+    "Add the gradients of a micro-batch; its share of the step's loss: weighted mean over answer tokens, nats, and PET."
+    ids, mask, labels, weights = (t.to(self.device) for t in collate(examples))
+    wanted = labels[:, 1:] != IGNORED
+    with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+        hidden = adapter.hidden_states(self.model, ids, mask)
+        logits = adapter.head(self.model)(hidden[:, :-1][wanted])
+    nats = cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
+    loss = (nats * weights.expand_as(wanted)[wanted]).sum() / answers
+    if weight := gate.pet_weight(self.done, self.total, self.sft.pet):
+        loss = loss + weight * share * gate.pet_loss(hidden, mask)
+    loss.backward()
+    return loss.item()
 
-    def prepare(self, step: int):
-        "Learning rate and gate strength of a step; no gradients."
-        self.optimizer.zero_grad()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(step, self.sft)
-        if self.sft.gate.start != self.sft.gate.end:
-            gate.set_alpha(self.model, gate.alpha_at(step, self.total, self.sft.gate))
+# %% ../../nbs/train/sft.ipynb #3a69033d
+@patch
+def learn(
+    self: Training,
+    chosen: list[int],  # examples of a batch
+    answers: int,  # answer tokens in the whole batch
+    rows: int,  # rows in the whole batch
+) -> float:
+    "Add the gradients of these examples; their share of the batch's loss."
+    parts = [chosen[i : i + self.micro_batch] for i in range(0, len(chosen), self.micro_batch)]
+    return sum(self.backward([self.examples[i] for i in part], answers, len(part) / rows) for part in parts)
 
-    def backward(self, examples: list, answers: int, share: float) -> float:
-        "Add the gradients of a micro-batch; its share of the step's loss: weighted mean over answer tokens, nats, and PET."
-        ids, mask, labels, weights = (t.to(self.device) for t in collate(examples))
-        wanted = labels[:, 1:] != IGNORED
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-            hidden = adapter.hidden_states(self.model, ids, mask)
-            logits = adapter.head(self.model)(hidden[:, :-1][wanted])
-        nats = cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
-        loss = (nats * weights.expand_as(wanted)[wanted]).sum() / answers
-        if weight := gate.pet_weight(self.done, self.total, self.sft.pet):
-            loss = loss + weight * share * gate.pet_loss(hidden, mask)
-        loss.backward()
-        return loss.item()
-
-    def state(self) -> dict:
-        "What was learned, optimizer, generators, and how many steps are done with how many rows at once."
-        return {"done": self.done, "micro_batch": self.micro_batch, "trained": self.trained,
-                "optimizer": self.optimizer.state_dict(), "rng": rng_state()}
-
-    def load(self, state: dict):
-        "Put a state back."
-        adapter.put_back(self.model, state["trained"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.micro_batch = state["done"], min(self.micro_batch, state["micro_batch"])
-        set_rng_state(state["rng"])
-
-    def shrink(self) -> bool:
-        "Half the rows in memory at once; False where it is one already."
-        self.optimizer.zero_grad()
-        small = self.micro_batch == 1
-        self.micro_batch = max(1, self.micro_batch // 2)
-        return not small
+@patch
+def unit(self: Training) -> dict:
+    "One optimizer step."
+    sft, at = self.sft, self.done
+    self.prepare(at)
+    chosen = batch_of([len(tokens) for tokens, _, _ in self.examples], at, sft.batch, self.seed)
+    loss = self.learn(chosen, sum(self.examples[i][1] for i in chosen), len(chosen))
+    norm, tokens = self.step(), sum(len(self.examples[i][0]) for i in chosen)
+    return {"step": self.done, "loss": loss, "learning_rate": rate(at, sft), "gradient_norm": norm, "tokens": tokens,
+            "micro_batch": self.micro_batch}
 
 # %% ../../nbs/train/sft.ipynb #4d60c8a2
 def describe(
