@@ -358,8 +358,6 @@ def test_labelling_killed_in_the_middle_asks_nothing_again_and_ends_with_the_sam
             break
     assert done.returncode == 0 and not (labelled.asked.parent / "kill").exists(), done.stdout + done.stderr
     assert len(disk.read_jsonl(labelled.asked)) == len(QUESTIONS) + 1, "the one whose answer was lost is asked again"
-    events = [json.loads(line) for line in max(labelled.root.glob("runs/*/events.jsonl")).read_text().splitlines()]
-    print([event["event"] for event in events])
     files = {path.name: path.read_bytes() for path in labelled.artifact.glob("[!m]*")}
     assert "votes.parquet" in files and "train.parquet" in files
     labelled.so8t("run", "configs/my.yaml", "--new", "--no-reuse")
