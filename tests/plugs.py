@@ -38,8 +38,15 @@ def all_tried(make, wanted, how, room, reference):
 
 
 def summary(hits, runs):
-    return pd.Series({"tried": len(hits), "runs": len(runs), "finished with the same artifacts": int(runs["same artifacts"].sum()),
-                      "finished stages that ran again": int(runs["stages repeated"].sum()), "most kills in one run": runs["kills"].max()})
+    return pd.Series(
+        {
+            "tried": len(hits),
+            "runs": len(runs),
+            "finished with the same artifacts": int(runs["same artifacts"].sum()),
+            "finished stages that ran again": int(runs["stages repeated"].sum()),
+            "most kills in one run": runs["kills"].max(),
+        }
+    )
 
 
 def places(hits):

@@ -30,29 +30,11 @@ def row(i, verdict=None, prompt=None, **more):
     return found | {"id": id_of(found)} | more
 
 
-def test_the_table_of_public_labels_is_whole():
-    table = label.read_table()
+def test_every_label_of_a_public_set_has_a_verdict_and_an_area():
+    assert set(sources.LABELS) == set(sources.PUBLIC)
     for name, public in sources.PUBLIC.items():
-        assert set(table[name]) == set(public.verdicts)
-        for word, said in table[name].items():
-            assert (said["verdict"], said["area"]) == (public.verdicts[word], public.areas[word])
-    marked = [(name, word) for name, labels in table.items() for word, said in labels.items() if said["nsfw"]]
-    assert marked == [("strongreject", "Sexual content")]
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ({"verdict": "BLOCK", "area": "crime"}, "labels.json: mine: 'bad': 'BLOCK' is no verdict; it must be one of"),
-        ({"verdict": "DENY"}, "labels.json: mine: 'bad' needs a verdict and an area"),
-        ({"verdict": "DENY", "area": "crime", "lang": "en"}, "labels.json: mine: 'bad' needs a verdict and an area"),
-        ("DENY", "labels.json: mine: 'bad' needs a verdict and an area"),
-    ],
-)
-def test_a_bad_table_is_one_clear_line(tmp_path, said, expected):
-    (tmp_path / "labels.json").write_text(json.dumps({"mine": {"bad": said}}), encoding="utf-8")
-    with pytest.raises(Problem, match=expected):
-        label.read_table(tmp_path / "labels.json")
+        assert set(public.areas) == set(public.verdicts) == set(sources.LABELS[name])
+        assert set(public.verdicts.values()) <= set(Verdict)
 
 
 WORDS = st.sampled_from([*map(str, Verdict), "MAYBE", "allow", "", None])
