@@ -261,7 +261,8 @@ def test_the_whole_set_of_sounds(tmp_path):
     assert {why for _, why in media.screen(rows, tmp_path, Media())} == {None}
 
 
-MIXED = Ppo(iterations=2, rollouts=4, chunk=2, minibatch=2, micro_batch=1, epochs=1, max_new_tokens=12, learning_rate=1e-3)
+MIXED = Ppo(iterations=2, rollouts=4, chunk=2, minibatch=2, micro_batch=1, epochs=1, max_new_tokens=12,
+            learning_rate=1e-3)
 TEXTS = [{"lang": "en", "prompt": f"Say <{mark}> {i}", "verdict": "ALLOW", "answer": "So."}
          for i, mark in enumerate(("image", "audio", "image", "audio"))]
 
@@ -279,13 +280,14 @@ def perceiving(request, base, tmp_path_factory):
         for p in adapter.trained(wrapped).values():
             p.add_(0.05 * torch.randn_like(p))
     adapter.save(wrapped, folder / "adapter")
-    yield folder, list({"image": media.demo_images, "audio": media.demo_sounds}[request.param](4, 0, folder)) + TEXTS
+    make = {"image": media.demo_images, "audio": media.demo_sounds}[request.param]
+    yield folder, list(make(4, 0, folder)) + TEXTS
     torch.set_num_threads(torch_threads)
 
 
 def mixed(perceiving) -> ppo.Ppo:
     folder, rows = perceiving
-    look = partial(senses.features_of, folder=folder)
+    look = partial(senses.features_of, folder=folder, limits=Media())
     return ppo.Ppo(ppo.Policy(folder / "base", folder / "adapter", MIXED, "cpu", look=look), rows, 0)
 
 
@@ -296,14 +298,14 @@ def ends(perceiving, place, stops=()):
         work.total = stop or work.total
         units.run(work, Checkpointer(place, {"base": "tiny"}), place / "ppo.jsonl")
     final = place / f"{work.total:08d}-final"
-    return {name: (final / name).read_bytes() for name in ("tensors.safetensors", "state.json")}, disk.read_jsonl(place / "ppo.jsonl")
+    return (final / "tensors.safetensors").read_bytes(), disk.read_jsonl(place / "ppo.jsonl")
 
 
 def test_ppo_on_mixed_rows_goes_on_to_the_bit(perceiving, tmp_path):
     whole, told = ends(perceiving, tmp_path / "whole")
-    again, retold = ends(perceiving, tmp_path / "again", stops=(1, 3, 5))
+    again, retold = ends(perceiving, tmp_path / "again", stops=(1, 2, 3, 5))
     assert [row["phase"] for row in told].count("rollout") == 4 and retold == told
-    assert again["tensors.safetensors"] == whole["tensors.safetensors"]
+    assert again == whole
 
 
 def test_a_row_with_a_medium_is_judged_by_it_and_a_text_is_not(perceiving):
