@@ -94,12 +94,13 @@ def clean(run: session.Run, stage: str, why: str) -> str:
     return f"{len(disk.collect_garbage(run.dir))} temporary files removed"
 
 def previous(run: session.Run, stage: str, why: str) -> str:
-    "Set the newest checkpoint aside: all that sort behind its name without the last letter, which is itself alone."
+    "Set the newest checkpoint aside, with those of the same step: one of them holds what went wrong."
     found = session.checkpoints(run, stage)
     if not found:
         return "there is no checkpoint: from the beginning"
-    session.resume_from(run, found[-1].absolute().with_name(found[-1].name[:-1]))
-    return f"{found[-1].name} set aside: " + (f"from {found[-2].name}" if found[1:] else "from the beginning")
+    aside = session.resume_from(run, found[-1].absolute().with_name(found[-1].name.split("-")[0]))
+    left = session.checkpoints(run, stage)
+    return f"{', '.join(aside)} set aside: " + (f"from {left[-1].name}" if left else "from the beginning")
 
 REMEDIES = {"shrink": shrink, "slower": slower, "clean": clean, "previous": previous}
 
