@@ -20,12 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from transformers import AutoTokenizer
 
 from so8t.data import media
 from so8t.data.verdict import Verdict
 from so8t.flow import disk
 from so8t.flow.config import Gate, Lora, Media, Ppo, Senses
 from so8t.model import adapter, burnin, senses
+from so8t.model.judge import verdict_logprobs
 from so8t.train import ppo, units
 from so8t.train import senses as sensing
 from so8t.train.checkpoint import Checkpointer
@@ -326,7 +328,7 @@ def test_a_row_with_a_medium_is_judged_by_it_and_a_text_is_not(perceiving):
 
 def test_the_text_part_of_a_burned_in_model_is_that_model_on_text(perceiving, base, tmp_path):
     folder, rows = perceiving
-    prompts = [row["prompt"] for row in rows if row["prompt"].isascii()]
+    prompts = ["Boil an egg", *(row["prompt"] for row in rows if row["prompt"].isascii())]
     burnin.merge(folder / "base", folder / "adapter", tmp_path / "senses", prompts)
     said = burnin.text_part(tmp_path / "senses", base, tmp_path / "text", prompts)
     text, whole = adapter.load_base(tmp_path / "text"), adapter.load_base(tmp_path / "senses")
@@ -334,4 +336,6 @@ def test_the_text_part_of_a_burned_in_model_is_that_model_on_text(perceiving, ba
     ids, size = torch.randint(3, 300, (2, 9)), adapter.load_base(base).config.vocab_size
     assert text(ids).logits.shape[-1] == size
     assert torch.equal(text(ids).logits, whole(ids).logits[..., :size])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert torch.equal(*(verdict_logprobs(model, tokenizer, prompts) for model in (text, whole)))
     assert not torch.allclose(text(ids).logits, adapter.load_base(base)(ids).logits, atol=1e-3)

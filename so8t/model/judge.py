@@ -73,6 +73,7 @@ def verdict_logprobs(
         ids, mask = pad([forks[i][0] for i in part], model.device)
         ends, which = (mask.sum(1) - 1).unique(return_inverse=True)
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=ends).logits
+        logits = logits if logits.shape[1] == len(ends) else logits[:, ends]  # Qwen2-Audio keeps them all
         logits = logits[torch.arange(len(part), device=model.device), which].float()
         tells = torch.tensor([forks[i][1] for i in part], device=model.device)
         found[part] = logits.gather(1, tells).log_softmax(1).cpu()

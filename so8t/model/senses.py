@@ -130,7 +130,7 @@ def features_of(
     rows: list[dict],  # some with one medium, of the kind that the model takes in
     folder: Path | None,  # that their paths start from; None where no row has a medium
     model: nn.Module,  # that sees or hears
-    limits: Media = Media(),
+    limits: Media,
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     "What the rows with a medium give to the model, in their order, and how many places each row's takes: none for text."
     kind = "image" if hasattr(model.config, "image_token_id") else "audio"
