@@ -107,6 +107,24 @@ def test_another_number_of_ranks_is_refused(ranks):
     assert "ranks is 2, not 1" in ranks.said()
 
 
+def test_a_divided_base_is_killed_and_resumed_to_the_same_bytes(ranks):
+    "FSDP: the same as undivided ones, so one may go on where the other was killed."
+    if not (ranks.home / "whole").is_dir():
+        assert ranks.train("whole") == [0, 0], ranks.said()
+    divided = CONFIG.replace("threads: 1", "threads: 1, shard: true")
+    try:
+        (ranks.home / "two.yaml").write_text(divided)
+        assert ranks.train("divided", kill_at=5) == [-9, -9]
+        assert ranks.train("divided", world=1) == [1] and "ranks is 2, not 1" in ranks.said()
+        assert ranks.train("divided") == [0, 0], ranks.said()
+        (ranks.home / "two.yaml").write_text(divided.replace("batch: 8, micro_batch: 2", "batch: 9, micro_batch: 3"))
+        assert ranks.train("uneven") == [1, 1] and "a batch leaves 1 rows over among 2 ranks" in ranks.said()
+    finally:
+        (ranks.home / "two.yaml").write_text(CONFIG)
+    assert disk.read_jsonl(ranks.home / "divided" / "metrics.resumed.jsonl")
+    assert ranks.result("divided") == ranks.result("whole")
+
+
 def test_two_ranks_learn_what_one_process_learns(ranks, monkeypatch):
     monkeypatch.setenv("SO8T_WORKSPACE", str(ranks.home))
     (ranks.home / "two.yaml").write_text(CONFIG.replace("dropout: 0.1", "dropout: 0.0"))
