@@ -35,7 +35,7 @@ def connect(
             socket.create_connection((host, int(port)), 5).close()
         alone = {} if address else {"include_dashboard": False}
         ray.init(address, log_to_driver=False, configure_logging=False, **alone)
-    except (OSError, ValueError, RuntimeError, SystemExit) as error:
+    except (Exception, SystemExit) as error:
         raise Problem(f"resources.address: no Ray cluster answers at {address or 'this machine'} ({error})") from None
     return ray
 
