@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -300,19 +301,19 @@ class Pace:
         if self.stopped.wait(max(0, wait)):
             raise Problem("stopped")
 
-# %% ../../nbs/data/agents.ipynb #246d6d0f
+# %% ../../nbs/data/agents.ipynb #f99c62f7
 def once(
     agent: Agent,
     prompt: str,
     timeout: float,  # s
-    stopped: threading.Event,  # set: give up
+    stopped: threading.Event | None,  # set: give up; None: on another machine, where nobody can
     shape: type[BaseModel] = Answer,  # what it is asked for
 ) -> Reply:
     "One attempt; its cost by the prices, where the agent does not say it."
     if agent.url:
         reply = call_endpoint(agent, prompt, timeout, shape)
     else:
-        reply = call_command(agent, prompt, timeout, stopped, shape)
+        reply = call_command(agent, prompt, timeout, stopped or threading.Event(), shape)
     if reply.usd is None and agent.prices and None not in (reply.read, reply.written):
         reply.usd = (reply.read * agent.prices[0] + reply.written * agent.prices[1]) / 1e6
     return reply
@@ -328,14 +329,18 @@ class Desk:
         cache: Path,  # folder of all answers
         stopped: threading.Event,  # set: give up
         shape: type[BaseModel] = Answer,  # what it is asked for
+        each: Callable = map,  # makes an attempt here or elsewhere
     ):
         self.agent, self.how, self.folder, self.pace = agent, how, cache / agent.name, Pace(how.per_minute, stopped)
-        self.shape = shape
+        self.each = each
+        told = stopped if each is map else None
+        self.once = partial(once, agent, timeout=how.timeout, stopped=told, shape=shape)
 
     def attempt(self, prompt: str) -> Reply:
         "One attempt, when it is its turn."
         self.pace.turn()
-        return once(self.agent, prompt, self.how.timeout, self.pace.stopped, self.shape)
+        [reply] = self.each(self.once, [prompt])
+        return reply
 
     def ask(self, prompt: str) -> dict:
         "The reply, from the cache where it is there, with the day on which it was given."
@@ -423,10 +428,11 @@ def ask_all(
     cache: Path,  # folder of all answers
     shape: type[BaseModel] = Answer,  # what they are asked for
     progress: Callable = lambda done, total: None,
+    each: Callable = map,  # makes an attempt here or elsewhere
 ) -> list[dict | Fault]:
     "The reply to each prompt; what was asked before is not asked again."
     stopped, failed, replies = threading.Event(), Counter(), {}
-    desks = [Desk(agent, how, cache, stopped, shape) for agent in agents]
+    desks = [Desk(agent, how, cache, stopped, shape, each) for agent in agents]
     pool = ThreadPoolExecutor(how.concurrency, "agent")
     try:
         open_ = {pool.submit(desks[i % len(desks)].ask, prompt): i for i, prompt in enumerate(prompts)}
@@ -452,9 +458,10 @@ def harvest(
     cache: Path,  # folder of all answers
     check: Callable,  # given a row; raises a Problem
     progress: Callable = lambda done, total: None,
+    each: Callable = map,  # makes an attempt here or elsewhere
 ) -> Harvest:
     "Ask everything that was not asked before; rows are in the order of the questions."
-    found, replies = Harvest(), ask_all([prompt_for(q) for q in asked], agents, how, cache, Answer, progress)
+    found, replies = Harvest(), ask_all([prompt_for(q) for q in asked], agents, how, cache, Answer, progress, each)
     for i, (q, reply) in enumerate(zip(asked, replies, strict=True)):
         found.take(q, agents[i % len(agents)], reply, check)
     if not found.rows:
