@@ -142,7 +142,6 @@ def test_cleansing_and_benchmark_are_the_same_bytes_on_a_cluster(ray, base, tmp_
     spread = executor.mapper(RAY)
     assert cleansed(tmp_path / "there", spread) == cleansed(tmp_path / "here", map)
     assert judged(base, tmp_path / "B", spread) == judged(base, tmp_path / "A", map)
-    assert len(judged(base, tmp_path / "B", None)) == 2
 
 
 @pytest.mark.soak
@@ -174,6 +173,7 @@ def test_agents_are_asked_from_the_cluster_and_paid_once(ray, tmp_path):
 
 @pytest.mark.soak
 def test_a_machine_is_lost_in_the_middle(tmp_path):
+    pytest.importorskip("ray").shutdown()
     with cluster_of(1) as cluster:
         other = cluster.add_node(**machine(1))
         cluster.wait_for_nodes()
