@@ -108,6 +108,7 @@ def save(
     disk.write_json(folder / GATE_FILE, model.gate.model_dump())
     return found
 
+# %% ../../nbs/model/adapter.ipynb #b6ac0d79
 def learned_as(
     folder: Path,  # from save
 ) -> tuple[Lora, Gate]:

@@ -124,6 +124,7 @@ def sounds(
     return {"input_features": got["input_features"], "feature_attention_mask": got["attention_mask"]}, (
         ((mask - 1) // 2 + 1 - 2) // 2 + 1).tolist()
 
+# %% ../../nbs/model/senses.ipynb #59001f61
 NOTHING = {"image": np.zeros((8, 8, 3), np.uint8), "audio": np.zeros(RATE, np.float32)}
 
 def features_of(
