@@ -187,7 +187,7 @@ def think(
 ) -> list[Quad | Malformed]:
     "The slow way: the quad that the model writes for each prompt, or what is wrong with it."
     model.eval()
-    how, room = greedy(model, tokenizer, max_new_tokens), model.config.max_position_embeddings - max_new_tokens
+    how, room = greedy(model, tokenizer, max_new_tokens), model.config.get_text_config().max_position_embeddings - max_new_tokens
     sizes = [len(encode(tokenizer, question(tokenizer, prompt, quad.INSTRUCTION))) for prompt in prompts]
     order = sorted((i for i, size in enumerate(sizes) if size <= room), key=sizes.__getitem__)
     found = [quad.parse("")] * len(prompts)

@@ -62,7 +62,7 @@ class Hf:
         tokenizer,
     ):
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.context = model.config.max_position_embeddings
+        self.context = model.config.get_text_config().max_position_embeddings
         self.marks = [token.content for token in tokenizer.added_tokens_decoder.values()]
 
     def logprobs(self, prompt: str) -> list[float]:
