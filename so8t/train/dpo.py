@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['worse_for', 'pairs_of', 'trainer_of', 'Dpo']
 
-# %% ../../nbs/train/dpo.ipynb #cecc4223
+# %% ../../nbs/train/dpo.ipynb #67c3faca
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from fastcore.basics import patch
 from transformers import AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -20,8 +21,8 @@ from ..flow.config import Dpo as Settings
 from ..flow.problem import Problem
 from ..model import adapter, quad
 from ..model.device import fast_bfloat16
-from . import sft
-from .checkpoint import rng_state, seed_everything, set_rng_state
+from . import sft, units
+from .checkpoint import seed_everything
 
 disable_progress_bars()
 
@@ -79,9 +80,9 @@ def trainer_of(
         p.data = p.data.float()
     return trainer
 
-# %% ../../nbs/train/dpo.ipynb #f88b86ef
-class Dpo:
-    "A Trainable (see train.units): the adapter of an SFT model, moved by preferences."
+# %% ../../nbs/train/dpo.ipynb #6e7357f7
+class Dpo(units.Stepper):
+    "A Trainable (see train.units): the adapter of an SFT model, moved by preferences; the reference is where it started."
 
     def __init__(
         self,
@@ -92,59 +93,42 @@ class Dpo:
         seed_everything(seed)
         self.trainer, self.settings, self.seed = trainer, settings, seed
         self.model, self.device = trainer.model.train(), trainer.args.device.type
-        self.trained, self.autocast = adapter.trained(self.model), fast_bfloat16(self.device)
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.learning_rate, weight_decay=0.0)
-        self.done, self.total, self.changing, self.micro_batch = 0, settings.steps, False, settings.micro_batch
-        pairs = trainer.train_dataset
+        self.autocast, pairs = fast_bfloat16(self.device), trainer.train_dataset
         self.lengths = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
         self.weights = list(pairs["weight"])
+        super().__init__(adapter.trained(self.model), settings.learning_rate, settings.steps, settings.micro_batch)
 
     def unit(self) -> dict:
-        "One optimizer step."
-        settings, step = self.settings, self.done
+        "One optimizer step; pairs of one weight go through TRL together."
+        settings, at, weights = self.settings, self.done, self.weights
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
-            group["lr"] = sft.rate(step, settings)
-        chosen = sft.batch_of(self.lengths, step, settings.batch, self.seed)
-        alike = [[i for i in chosen if self.weights[i] == weight] for weight in dict.fromkeys(self.weights[i] for i in chosen)]
+            group["lr"] = sft.rate(at, settings)
+        chosen = sft.batch_of(self.lengths, at, settings.batch, self.seed)
+        alike = [[i for i in chosen if weights[i] == weight] for weight in dict.fromkeys(weights[i] for i in chosen)]
         parts = [group[i : i + self.micro_batch] for group in alike for i in range(0, len(group), self.micro_batch)]
-        loss = sum(self.backward(part, self.weights[part[0]] * len(part) / len(chosen)) for part in parts)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
-        self.changing = True
-        self.optimizer.step()
-        self.done, self.changing = step + 1, False
+        loss = sum(self.backward(part, weights[part[0]] * len(part) / len(chosen)) for part in parts)
+        norm = self.step()
         return {"step": self.done, "loss": loss, **self.said(), "gradient_norm": norm, "micro_batch": self.micro_batch}
 
-    def backward(self, chosen: list[int], share: float) -> float:
-        "Add the gradients of a micro-batch, whose pairs weigh alike; its share of the step's loss."
-        batch = self.trainer.data_collator([self.trainer.train_dataset[i] for i in chosen])
-        batch = {name: values.to(self.device) for name, values in batch.items()}
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-            loss = self.trainer.compute_loss(self.model, batch) * share
-        loss.backward()
-        return loss.item()
+# %% ../../nbs/train/dpo.ipynb #9dee4137
+@patch
+def backward(
+    self: Dpo,
+    chosen: list[int],  # pairs of a micro-batch, which weigh alike
+    share: float,  # of the step's loss
+) -> float:
+    "Add the gradients of a micro-batch; its share of the step's loss."
+    batch = self.trainer.data_collator([self.trainer.train_dataset[i] for i in chosen])
+    batch = {name: values.to(self.device) for name, values in batch.items()}
+    with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+        loss = self.trainer.compute_loss(self.model, batch) * share
+    loss.backward()
+    return loss.item()
 
-    def said(self) -> dict[str, float]:
-        "What the trainer measured in this step, under its own names."
-        self.trainer.log({})
-        row = self.trainer.state.log_history.pop()
-        return {name: row[f"rewards/{name}"] for name in ("chosen", "rejected", "accuracies", "margins")}
-
-    def state(self) -> dict:
-        "All that the future depends on; the reference is the adapter that it started from."
-        return {"done": self.done, "micro_batch": self.micro_batch, "trained": self.trained,
-                "optimizer": self.optimizer.state_dict(), "rng": rng_state()}
-
-    def load(self, state: dict):
-        "Put a state back."
-        adapter.put_back(self.model, state["trained"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.micro_batch = state["done"], min(self.micro_batch, state["micro_batch"])
-        set_rng_state(state["rng"])
-
-    def shrink(self) -> bool:
-        "Half the pairs in memory at once; False where it is one already."
-        self.optimizer.zero_grad()
-        small = self.micro_batch == 1
-        self.micro_batch = max(1, self.micro_batch // 2)
-        return not small
+@patch
+def said(self: Dpo) -> dict[str, float]:
+    "What the trainer measured in this step, under its own names."
+    self.trainer.log({})
+    row = self.trainer.state.log_history.pop()
+    return {name: row[f"rewards/{name}"] for name in ("chosen", "rejected", "accuracies", "margins")}
