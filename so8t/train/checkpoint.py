@@ -6,7 +6,7 @@
 __all__ = ['seed_everything', 'rng_state', 'set_rng_state', 'snapshot', 'split', 'join', 'Checkpointer', 'refuse_stranger',
            'latest']
 
-# %% ../../nbs/train/checkpoint.ipynb #d7c373aa
+# %% ../../nbs/train/checkpoint.ipynb #928bc586
 import json
 import random
 import threading
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -110,70 +111,77 @@ class Checkpointer:
         "Whether the interval is over, or somebody asked for a checkpoint now (`so8t checkpoint`)."
         return time.monotonic() - self.saved >= self.every or (self.folder / disk.SAVE_NOW).exists()
 
-    def save(
-        self,
-        step: int,  # units of work done
-        state: dict,  # nested dicts and lists of tensors and JSON values
-        kind: str = "rolling",  # rolling, emergency or final
-    ) -> Path:
-        "Publish a checkpoint, then drop the oldest beyond `keep`; its folder. A rolling one is written beside training."
-        begun, tensors, fresh = time.monotonic(), {}, not self.buffers
-        self.wait()
-        shape = split(state, tensors, self.buffers)
-        self.buffers, place = tensors, self.folder / f"{step:08d}-{kind}"
-        if kind == "rolling":
-            self.thread = threading.Thread(target=self.attempt, args=(place, step, kind, shape))
-            self.thread.start()
-        else:
-            self.persist(place, step, kind, shape)
-        self.saved = time.monotonic()
-        if kind == "rolling":
-            self.count(self.saved - begun, fresh)
-        return place
-
     def wait(self):
         "Until nothing is being written any more."
         if self.thread:
             self.thread.join()
             self.thread = None
 
-    def count(self, stalled: float, fresh: bool = False):
-        "Keep the books, and lengthen the interval where standing still costs too much; fresh buffers cost only once."
-        self.statistics["stalled_seconds"] += stalled
-        self.statistics["longest_stall"] = max(stalled, self.statistics["longest_stall"])
-        if not fresh and stalled > self.stall * self.every > 0:
-            self.every = stalled / self.stall
-            self.say(f"a checkpoint stops training for {stalled:.2f} s: from now on one every {self.every:.0f} s")
-
-    def attempt(self, place: Path, step: int, kind: str, shape: dict):
-        "Persist; an error is told, and training goes on."
-        try:
-            self.persist(place, step, kind, shape)
-        except (OSError, Problem, SafetensorError) as error:
-            self.statistics["failures"] += 1
-            self.say(f"checkpoint {place.name} could not be written ({error}); training goes on, the next one is due "
-                     f"in {self.every:.0f} s")
-
-    def persist(self, place: Path, step: int, kind: str, shape: dict):
-        "Write what is in the buffers."
-        with disk.publish(place, kind=kind, step=step, identity=self.identity) as staging:
-            save_file(self.buffers, staging / "tensors.safetensors")
-            (staging / "state.json").write_text(json.dumps(shape), encoding="utf-8")
-        self.statistics["saves"] += 1
-        self.statistics["bytes"] += sum(f.stat().st_size for f in place.iterdir())
-        (self.folder / disk.SAVE_NOW).unlink(missing_ok=True)
-        self.drop_old()
-
-    def drop_old(self):
-        "Keep the newest, and the one that this training resumed from."
-        whole = [c for c in self.all() if disk.is_whole(c, self.folder / "verified.json")]
-        for old in whole[: -self.keep]:
-            if old != self.resumed:
-                disk.retire(old)
-
     def all(self) -> list[Path]:
         "The checkpoints, by step."
         return sorted(p for p in self.folder.glob("[0-9]*") if p.is_dir() and ".damaged-" not in p.name)
+
+# %% ../../nbs/train/checkpoint.ipynb #817629c6
+@patch
+def drop_old(self: Checkpointer):
+    "Keep the newest, and the one that this training resumed from."
+    whole = [c for c in self.all() if disk.is_whole(c, self.folder / "verified.json")]
+    for old in whole[: -self.keep]:
+        if old != self.resumed:
+            disk.retire(old)
+
+@patch
+def persist(self: Checkpointer, place: Path, step: int, kind: str, shape: dict):
+    "Write what is in the buffers."
+    with disk.publish(place, kind=kind, step=step, identity=self.identity) as staging:
+        save_file(self.buffers, staging / "tensors.safetensors")
+        (staging / "state.json").write_text(json.dumps(shape), encoding="utf-8")
+    self.statistics["saves"] += 1
+    self.statistics["bytes"] += sum(f.stat().st_size for f in place.iterdir())
+    (self.folder / disk.SAVE_NOW).unlink(missing_ok=True)
+    self.drop_old()
+
+@patch
+def attempt(self: Checkpointer, place: Path, step: int, kind: str, shape: dict):
+    "Persist; an error is told, and training goes on."
+    try:
+        self.persist(place, step, kind, shape)
+    except (OSError, Problem, SafetensorError) as error:
+        self.statistics["failures"] += 1
+        self.say(f"checkpoint {place.name} could not be written ({error}); training goes on, the next one is due "
+                 f"in {self.every:.0f} s")
+
+# %% ../../nbs/train/checkpoint.ipynb #db1243e2
+@patch
+def count(self: Checkpointer, stalled: float, fresh: bool = False):
+    "Keep the books, and lengthen the interval where standing still costs too much; fresh buffers cost only once."
+    self.statistics["stalled_seconds"] += stalled
+    self.statistics["longest_stall"] = max(stalled, self.statistics["longest_stall"])
+    if not fresh and stalled > self.stall * self.every > 0:
+        self.every = stalled / self.stall
+        self.say(f"a checkpoint stops training for {stalled:.2f} s: from now on one every {self.every:.0f} s")
+
+@patch
+def save(
+    self: Checkpointer,
+    step: int,  # units of work done
+    state: dict,  # nested dicts and lists of tensors and JSON values
+    kind: str = "rolling",  # rolling, emergency or final
+) -> Path:
+    "Publish a checkpoint, then drop the oldest beyond `keep`; its folder. A rolling one is written beside training."
+    begun, tensors, fresh = time.monotonic(), {}, not self.buffers
+    self.wait()
+    shape = split(state, tensors, self.buffers)
+    self.buffers, place = tensors, self.folder / f"{step:08d}-{kind}"
+    if kind == "rolling":
+        self.thread = threading.Thread(target=self.attempt, args=(place, step, kind, shape))
+        self.thread.start()
+    else:
+        self.persist(place, step, kind, shape)
+    self.saved = time.monotonic()
+    if kind == "rolling":
+        self.count(self.saved - begun, fresh)
+    return place
 
 # %% ../../nbs/train/checkpoint.ipynb #52946d80
 def refuse_stranger(

@@ -7,7 +7,7 @@ __all__ = ['UNSAID', 'PER_ROUND', 'masked_mean', 'whiten', 'advantages', 'policy
            'upto_end', 'judged', 'fresh', 'Policy', 'asked', 'case_of', 'sample', 'joined', 'learned', 'backward',
            'Ppo', 'rows_for', 'roll_out', 'update', 'rounds', 'describe']
 
-# %% ../../nbs/train/ppo.ipynb #935b3946
+# %% ../../nbs/train/ppo.ipynb #6ba19409
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn.functional import pad as pad_tensor
 from transformers import AutoTokenizer, GenerationConfig
@@ -323,40 +324,45 @@ class Ppo:
         self.changing, self.stopped, self.kl_weight = False, False, self.settings.kl_weight
         self.sampled, self.buffer, self.batch = self.settings.chunk, [], {}
 
-    def unit(self) -> dict:
-        "A chunk of rollouts, or a minibatch."
-        iteration, place = divmod(self.done, self.round)
-        row = {"step": self.done + 1, "iteration": iteration + 1}
-        if place < self.chunks:
-            return row | roll_out(self, iteration, place)
-        return row | update(self, iteration, *divmod(place - self.chunks, self.updates))
+# %% ../../nbs/train/ppo.ipynb #034846fd
+@patch
+def unit(self: Ppo) -> dict:
+    "A chunk of rollouts, or a minibatch."
+    iteration, place = divmod(self.done, self.round)
+    row = {"step": self.done + 1, "iteration": iteration + 1}
+    if place < self.chunks:
+        return row | roll_out(self, iteration, place)
+    return row | update(self, iteration, *divmod(place - self.chunks, self.updates))
 
-    def state(self) -> dict:
-        "All that the future depends on, the rollouts of this round included."
-        return {"done": self.done, "stopped": self.stopped, "kl_weight": self.kl_weight, "sampled": self.sampled,
-                "micro_batch": self.policy.micro_batch, "trained": self.trained, "optimizer": self.optimizer.state_dict(),
-                "value_head": self.policy.value_head.state_dict(), "buffer": self.buffer, "batch": self.batch,
-                "rng": rng_state()}
+@patch
+def state(self: Ppo) -> dict:
+    "All that the future depends on, the rollouts of this round included."
+    return {"done": self.done, "stopped": self.stopped, "kl_weight": self.kl_weight, "sampled": self.sampled,
+            "micro_batch": self.policy.micro_batch, "trained": self.trained, "optimizer": self.optimizer.state_dict(),
+            "value_head": self.policy.value_head.state_dict(), "buffer": self.buffer, "batch": self.batch,
+            "rng": rng_state()}
 
-    def load(self, state: dict):
-        "Put a state back."
-        adapter.put_back(self.model, state["trained"])
-        self.policy.value_head.load_state_dict(state["value_head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.stopped, self.kl_weight = state["done"], state["stopped"], state["kl_weight"]
-        self.policy.micro_batch = min(self.policy.micro_batch, state["micro_batch"])
-        self.sampled = min(self.sampled, state["sampled"])
-        device = self.policy.device
-        self.buffer = [{name: t.to(device) for name, t in rolled.items()} for rolled in state["buffer"]]
-        self.batch = {name: t.to(device) for name, t in state["batch"].items()}
-        set_rng_state(state["rng"])
+@patch
+def load(self: Ppo, state: dict):
+    "Put a state back."
+    adapter.put_back(self.model, state["trained"])
+    self.policy.value_head.load_state_dict(state["value_head"])
+    self.optimizer.load_state_dict(state["optimizer"])
+    self.done, self.stopped, self.kl_weight = state["done"], state["stopped"], state["kl_weight"]
+    self.policy.micro_batch = min(self.policy.micro_batch, state["micro_batch"])
+    self.sampled = min(self.sampled, state["sampled"])
+    device = self.policy.device
+    self.buffer = [{name: t.to(device) for name, t in rolled.items()} for rolled in state["buffer"]]
+    self.batch = {name: t.to(device) for name, t in state["batch"].items()}
+    set_rng_state(state["rng"])
 
-    def shrink(self) -> bool:
-        "Half the answers in memory at once; False where it is one already."
-        self.optimizer.zero_grad()
-        small = self.policy.micro_batch == self.sampled == 1
-        self.policy.micro_batch, self.sampled = max(1, self.policy.micro_batch // 2), max(1, self.sampled // 2)
-        return not small
+@patch
+def shrink(self: Ppo) -> bool:
+    "Half the answers in memory at once; False where it is one already."
+    self.optimizer.zero_grad()
+    small = self.policy.micro_batch == self.sampled == 1
+    self.policy.micro_batch, self.sampled = max(1, self.policy.micro_batch // 2), max(1, self.sampled // 2)
+    return not small
 
 # %% ../../nbs/train/ppo.ipynb #49a03ecb
 def rows_for(

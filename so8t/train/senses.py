@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['to_align', 'begin', 'to_judge', 'check_begin', 'Sensing']
 
-# %% ../../nbs/train/senses.ipynb #413e800f
+# %% ../../nbs/train/senses.ipynb #afb6b7c7
 import random
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -20,7 +21,8 @@ from ..flow.problem import Problem
 from ..model import adapter
 from ..model.judge import verdict_logprobs
 from ..model.senses import Seen, verdict_logits
-from .checkpoint import rng_state, seed_everything, set_rng_state
+from . import units
+from .checkpoint import seed_everything
 from .sft import IGNORED, collate
 
 # %% ../../nbs/train/senses.ipynb #f09ae7aa
@@ -74,7 +76,7 @@ def check_begin(
         raise Problem(f"on text, the model that sees or hears is not the one that SFT left: {error:.2g} nats off in a verdict")
     return error
 
-class Sensing:
+class Sensing(units.Stepper):
     "A Trainable (see train.units): verdicts on what is seen or heard, and among them examples of text."
 
     def __init__(
@@ -89,63 +91,42 @@ class Sensing:
         texts: list[tuple] = (),  # from sft.examples_of; `how.text_share` says how many of a batch
     ):
         seed_everything(seed)
-        self.texts = texts
-        self.model, self.trained, self.seen, self.how, self.seed = model.train(), trained, seen, how, seed
+        self.model, self.seen, self.texts, self.how, self.seed = model.train(), seen, texts, how, seed
         self.verdicts = torch.tensor(verdicts)
-        self.optimizer = torch.optim.AdamW(trained.values(), lr=how.learning_rate, weight_decay=0.0)
-        self.done, self.total, self.changing, self.micro_batch = 0, steps, False, how.batch
+        super().__init__(trained, how.learning_rate, steps, how.batch)
 
-    def unit(self) -> dict:
-        "One optimizer step."
-        self.optimizer.zero_grad()
-        few = round(self.how.text_share * self.how.batch) if self.texts else 0
-        dice, rows = random.Random(f"{self.seed} {self.done}"), range(len(self.verdicts))
-        chosen = [(self.looked, i) for i in dice.sample(rows, min(self.how.batch - few, len(rows)))]
-        chosen += [(self.read, i) for i in dice.sample(range(len(self.texts)), min(few, len(self.texts)))]
-        loss = 0.0
-        for way in (self.looked, self.read):
-            mine = [i for how, i in chosen if how == way]
-            for at in range(0, len(mine), self.micro_batch):
-                each = way(mine[at : at + self.micro_batch]) / len(chosen)
-                each.backward()
-                loss += each.item()
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
-        self.changing = True
-        self.optimizer.step()
-        self.done, self.changing = self.done + 1, False
-        return {"step": self.done, "loss": loss, "gradient_norm": norm, "micro_batch": self.micro_batch}
+# %% ../../nbs/train/senses.ipynb #a4f2021b
+@patch
+def looked(self: Sensing, part: list[int]) -> torch.Tensor:
+    "How unlikely the right verdicts on these rows are, summed, nats."
+    right = self.verdicts[part].to(self.model.device)
+    return cross_entropy(verdict_logits(self.model, self.seen, part), right, reduction="sum")
 
-    def looked(self, part: list[int]) -> torch.Tensor:
-        "How unlikely the right verdicts on these rows are, summed, nats."
-        right = self.verdicts[part].to(self.model.device)
-        return cross_entropy(verdict_logits(self.model, self.seen, part), right, reduction="sum")
+@patch
+def read(self: Sensing, part: list[int]) -> torch.Tensor:
+    "How unlikely the answers of these texts are: weighted mean over the tokens of each, summed, nats."
+    ids, mask, labels, weights = (t.to(self.model.device) for t in collate([self.texts[i] for i in part]))
+    wanted = labels[:, 1:] != IGNORED
+    logits = adapter.head(self.model)(adapter.hidden_states(self.model, ids, mask)[:, :-1][wanted])
+    nats = cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
+    share = (weights / wanted.sum(1, keepdim=True)).expand_as(wanted)[wanted]
+    return (nats * share).sum()
 
-    def read(self, part: list[int]) -> torch.Tensor:
-        "How unlikely the answers of these texts are: weighted mean over the tokens of each, summed, nats."
-        ids, mask, labels, weights = (t.to(self.model.device) for t in collate([self.texts[i] for i in part]))
-        wanted = labels[:, 1:] != IGNORED
-        logits = adapter.head(self.model)(adapter.hidden_states(self.model, ids, mask)[:, :-1][wanted])
-        nats = cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
-        share = (weights / wanted.sum(1, keepdim=True)).expand_as(wanted)[wanted]
-        return (nats * share).sum()
-
-    def state(self) -> dict:
-        "All that the future depends on."
-        return {"done": self.done, "micro_batch": self.micro_batch, "trained": self.trained,
-                "optimizer": self.optimizer.state_dict(), "rng": rng_state()}
-
-    @torch.no_grad()
-    def load(self, state: dict):
-        "Put a state back."
-        for name, p in self.trained.items():
-            p.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.micro_batch = state["done"], min(self.micro_batch, state["micro_batch"])
-        set_rng_state(state["rng"])
-
-    def shrink(self) -> bool:
-        "Half the rows in memory at once; False where it is one already."
-        self.optimizer.zero_grad()
-        small = self.micro_batch == 1
-        self.micro_batch = max(1, self.micro_batch // 2)
-        return not small
+# %% ../../nbs/train/senses.ipynb #60e04aab
+@patch
+def unit(self: Sensing) -> dict:
+    "One optimizer step."
+    self.optimizer.zero_grad()
+    few = round(self.how.text_share * self.how.batch) if self.texts else 0
+    dice, rows = random.Random(f"{self.seed} {self.done}"), range(len(self.verdicts))
+    chosen = [(self.looked, i) for i in dice.sample(rows, min(self.how.batch - few, len(rows)))]
+    chosen += [(self.read, i) for i in dice.sample(range(len(self.texts)), min(few, len(self.texts)))]
+    loss = 0.0
+    for way in (self.looked, self.read):
+        mine = [i for how, i in chosen if how == way]
+        for at in range(0, len(mine), self.micro_batch):
+            each = way(mine[at : at + self.micro_batch]) / len(chosen)
+            each.backward()
+            loss += each.item()
+    norm = self.step()
+    return {"step": self.done, "loss": loss, "gradient_norm": norm, "micro_batch": self.micro_batch}
