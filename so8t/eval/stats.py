@@ -91,7 +91,7 @@ def interval(
     groups = np.arange(len(tables))
     value = float(score(tables.sum(0)))
     z = float(norm.ppf(0.5 + confidence / 2))
-    if np.ptp([resampled(np.delete(groups, i)) for i in groups]) < 1e-12:
+    if len(groups) < 2 or np.ptp([resampled(np.delete(groups, i)) for i in groups]) < 1e-12:
         room = zero_events(len(tables), confidence)
         low, high = np.clip([value - room, value + room], *bounds)
         return {"value": value, "low": float(low), "high": float(high), "se": room / z, "detectable": room}
