@@ -241,6 +241,7 @@ def finished_run(
     "The run that holds everything a plan wants."
     return scene.run or session.runs(configs.workspace(), scene.config.name)[-1]
 
+# %% ../nbs/cli.ipynb #82698c37
 def closing_words(
     scene: plan.Scene,
     code: int,  # the exit code

@@ -293,6 +293,7 @@ def compared(
     langs = {lang: compare(mine, theirs.get(lang, []), **how) for lang, mine in by_language(a).items()}
     return {"a": a[0]["model"], "b": b[0]["model"], **found, "languages": langs}
 
+# %% ../../nbs/eval/verdicts.ipynb #1e01d0ee
 def comparisons(
     models: dict[str, list[dict]],  # answers of each
     primary: list[str],  # such as C-A; one whose models did not run is left out

@@ -99,6 +99,7 @@ def plain(
         raise mistake(node, f"{node.value} is too large for a number")
     return value
 
+# %% ../../nbs/flow/config.ipynb #c1ffcbdf
 def mapping(
     node: yaml.MappingNode,
     path: str,
@@ -236,6 +237,7 @@ class Mapped(Section):
     area: str = Field("everyday", description="Area where no column says it.")
     licence: str | None = Field(None, description="SPDX name, where neither the source's card nor its rows say it.")
 
+# %% ../../nbs/flow/config.ipynb #3784df82
 class Source(Mapped):
     "Where rows come from; a name or a path alone will do."
 
@@ -506,6 +508,7 @@ class Rewards(Section):
     costs: Costs = Field([[0, 0.5, 1, 1], [1, 0, 0.5, 0.75], [2, 0.75, 0, 0.5], [3, 1.5, 0.75, 0]],
                          description="Cost of each verdict (column) where another was right (row), by severity.")
 
+# %% ../../nbs/flow/config.ipynb #a35561a3
 class Ppo(Section):
     "Proximal policy optimisation."
 

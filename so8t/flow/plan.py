@@ -225,6 +225,7 @@ def view(
         "last_error": errors[-1] if errors else None,
     }
 
+# %% ../../nbs/flow/plan.ipynb #8279edad
 def progress(
     run: session.Run,
 ) -> dict | None:

@@ -57,6 +57,7 @@ def joined(
     model.generation_config = text.generation_config
     return model.eval()
 
+# %% ../../nbs/model/senses.ipynb #5e7a48e7
 def with_eyes(
     folder: Path,  # HF folder of the text model
     how: Senses,  # the section training.senses

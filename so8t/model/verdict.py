@@ -128,6 +128,7 @@ class Calibration:
             raise Problem(f"calibration: must have {', '.join(sorted(names))} and nothing else")
         return cls(**found)
 
+# %% ../../nbs/model/verdict.ipynb #c9973c59
 def calibrate(
     logprobs: np.ndarray,  # [n, 4], by severity, of held-out rows
     right: list[str],  # their right verdicts

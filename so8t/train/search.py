@@ -90,6 +90,7 @@ def refuse_unknown(
         if span.key in [other.key for other in over[:i]]:
             raise Problem(f"{place}: {span.key} is searched already")
 
+# %% ../../nbs/train/search.ipynb #4e3827d4
 def refuse_values(
     settings: Sft,
     values: dict,  # dotted key -> value
@@ -230,6 +231,7 @@ def open_study(
     study.set_user_attr("identity", identity)
     return study
 
+# %% ../../nbs/train/search.ipynb #c5f39670
 def ended(
     study: optuna.Study,
 ) -> list[FrozenTrial]:

@@ -64,6 +64,7 @@ def to_judge(
         begin(wrapped, start)
     return wrapped
 
+# %% ../../nbs/train/senses.ipynb #9b226c7d
 def check_begin(
     model: nn.Module,  # from to_judge, before its first step
     text: nn.Module,  # the text model with its adapter
