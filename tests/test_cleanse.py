@@ -136,13 +136,11 @@ def test_near_duplicates_are_those_that_comparing_all_with_all_finds(scratch):
     assert ((index >= 0.7) == gone).mean() > 0.99 and 100 < gone.sum() < len(gone)
 
 
-def test_words_of_different_pictures_are_no_duplicates(scratch):
-    def shown(key, digest):
-        medium = {"kind": "image", "path": f"{key}.png", "digest": digest, "licence": "MIT", "source": "own"}
-        return made(key, "What is dangerous in this picture, and why is that so?", media=[medium])
-
-    found = fates([shown("a", "1" * 64), shown("b", "2" * 64), shown("c", "2" * 64)], scratch)
-    assert (found["reason"] == "").sum() == 2 and found.loc["c", "reason"] == Reason.DUPLICATE
+def test_no_picture_is_learned_from_as_if_it_were_its_words(scratch):
+    medium = {"kind": "image", "path": "a.png", "digest": "1" * 64, "licence": "MIT", "source": "own"}
+    shown = made("a", "What is dangerous in this picture, and why is that so?", media=[medium])
+    found = fates([shown, made("b", "What is dangerous in a kitchen, and why is that so?")], scratch)
+    assert found["reason"].to_dict() == {"a": Reason.MEDIA, "b": ""}
 
 
 QUESTION = "A bat and a ball cost one dollar and ten cents; the bat costs a dollar more; what does the ball cost?"

@@ -35,10 +35,11 @@ from ..flow import disk
 from ..flow.config import Data
 from ..flow.problem import Problem
 
-# %% ../../nbs/data/cleanse.ipynb #88995c18
+# %% ../../nbs/data/cleanse.ipynb #042db5f0
 class Reason(StrEnum):
     "Why a row is removed."
 
+    MEDIA = "shows more than text, and no stage learns from that yet"
     LONG = "longer than data.max_characters"
     FOREIGN = "language not in data.languages"
     POOR = "quality below data.min_quality"
@@ -101,11 +102,12 @@ def judge(
     "What the rules look at, and the reason to go where that is a row's own fault; `same` is equal for rows of one text."
     fates = pd.DataFrame({name: [row[name] for row in rows] for name in KNOWN}).assign(
         name=[row["key"] or row["id"] for row in rows], same=[id_of(row | {"lang": ""}) for row in rows], size=size,
-        media=[bool(row["media"]) for row in rows], similarity=np.nan,
+        similarity=np.nan,
         split=[TESTED if row["split"] == TESTED else side(row["group"], data) for row in rows])
     weakest = pd.Series([min(row["quality_parts"], key=row["quality_parts"].get) for row in rows])
     rules = {
         "": (fates["split"] == TESTED, ""),
+        Reason.MEDIA: ([bool(row["media"]) for row in rows], ""),
         Reason.LONG: (fates["size"] > data.max_characters, fates["size"].astype(str) + " characters"),
         Reason.FOREIGN: (~fates["lang"].isin(data.languages), fates["lang"]),
         Reason.POOR: (fates["quality"] < data.min_quality, weakest + " " + fates["quality"].astype(str)),
@@ -120,8 +122,8 @@ def meet(
     fates: pd.DataFrame,  # of the same rows
     threshold: float,  # data.near_duplicate
 ) -> np.ndarray:
-    "The numbers by which near-duplicates meet, a column for each row (0 where it has gone, or holds more than text)."
-    length, alone = duplicates.band(threshold), np.flatnonzero((fates["reason"] == "") & ~fates["media"])
+    "The numbers by which near-duplicates meet, a column for each row (0 where it has gone)."
+    length, alone = duplicates.band(threshold), np.flatnonzero(fates["reason"] == "")
     found, langs = np.zeros((duplicates.PERMUTATIONS // length, len(seen)), np.uint64), fates["lang"].tolist()
     signatures = duplicates.sign([duplicates.shingles(seen[i], langs[i]) for i in alone])
     found[:, alone] = duplicates.buckets(signatures, length)
@@ -244,7 +246,6 @@ def near(
     threshold: float,  # data.near_duplicate
 ) -> pd.DataFrame:
     "Reasons for rows of which another group has nearly the same text."
-    left = left[~left["media"]]
     texts, stay = rows["seen"].take(left.index.to_numpy()), (left["split"] == TESTED).to_numpy()
     langs, groups = left["lang"].tolist(), left["group"].tolist()
     found = duplicates.neighbours(texts, langs, keys[:, left.index], groups, threshold, stay)
