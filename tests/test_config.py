@@ -299,7 +299,8 @@ def test_the_reference_has_every_key():
     keys = {row[0] for row in configs.schema_rows()}
     leaves = configs.flat(configs.Config(name="a", stages=["base"]).model_dump()).keys() - {"custom"}
     rows = {"stages[]": ("name", "timeout", "retries"), "training.search.over[]": configs.Span.model_fields,
-            "research.agents[]": configs.Agent.model_fields, "data.sources[]": configs.Source.model_fields}
+            "research.agents[]": configs.Agent.model_fields, "data.sources[]": configs.Source.model_fields,
+            "data.labellers[]": configs.Labeller.model_fields}
     assert keys == leaves | {f"{path}.{name}" for path, names in rows.items() for name in names}
     assert all(row[3].endswith(".") for row in configs.schema_rows())
     assert '| `data.languages` | list of en, ja, at least 1 | `["en", "ja"]` | Languages' in configs.reference()
