@@ -164,7 +164,8 @@ def told(tiny: Tiny, stops: int, reference: dict[str, str]) -> list[dict]:
         rows.append({"kind": fault.kind, "stage": fault.stage, "moment": fault.moment,
                      "behind": before.get(fault.stage, ""), "struck": mark.exists(), "told": right, "survived": same})
         before[fault.stage] = fault.kind
-    assert stops == sum(fault.kind in HOPELESS for fault in tiny.faults.values())
+    ends = {stage: tiny.kinds(stage) for stage in STAGES}
+    assert stops == sum(fault.kind in HOPELESS for fault in tiny.faults.values()), (stops, ends)
     return rows
 
 
