@@ -10,13 +10,13 @@ from test_kill_tiny import killed
 BESIDE = 2  # workspaces that are tried side by side
 
 
-def wait():
-    return 1 + random.expovariate(1 / 9)
-
-
-def tried(make, wanted, how, room, lane, reference):
+def tried(make, wanted, how, room, lane, reference, mean):
     "Runs and kills until there were enough."
     hits, runs = [], []
+
+    def wait():
+        return 1 + random.expovariate(1 / mean)
+
     while len(hits) < wanted:
         workspace = make(Path(room) / f"{how[0]}-{lane}-{len(runs)}")
         try:
@@ -29,10 +29,10 @@ def tried(make, wanted, how, room, lane, reference):
     return hits, runs
 
 
-def all_tried(make, wanted, how, room, reference):
-    "Two tables: what each kill hit, and how each run ended."
+def all_tried(make, wanted, how, room, reference, mean):
+    "Two tables: what each kill hit, and how each run ended; a life lasts a second, and so many more on average."
     with ThreadPoolExecutor(BESIDE) as pool:
-        each = (pool.submit(tried, make, wanted // BESIDE, how, room, lane, reference) for lane in range(BESIDE))
+        each = (pool.submit(tried, make, wanted // BESIDE, how, room, lane, reference, mean) for lane in range(BESIDE))
         lanes = [lane.result() for lane in list(each)]
     return [pd.DataFrame([row for lane in lanes for row in lane[part]]) for part in (0, 1)]
 
