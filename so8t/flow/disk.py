@@ -81,7 +81,8 @@ def named(
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Problem(f"no room: {error.filename} ({error.strerror}); make some and try again") from error
         if error.errno == errno.EROFS:
